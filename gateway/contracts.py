@@ -1,0 +1,375 @@
+"""What the parts promise each other. Read this to write a Sink, a Check or a Spool.
+
+The parts of the world floor (listener, spool, sinks, checks) never import one another;
+they meet here. All of it runs on one event loop and one thread, except where a
+docstring says otherwise.
+
+The life of a message in these words: a Connection gives a Transaction to the Intake,
+which opens a Draft. After the end of data the Draft offers one Pending per sink to
+the Queue, which starts a Delivery at the Sink. The Sink settles the Delivery with one
+Outcome per recipient. What was not taken at once is kept by the Spool (a Store), and
+what became of it later is marked there (a Mark).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from .message import Client, Envelope, Message, Recipient
+from .reply import Reply
+from .route import Route
+
+# --------------------------------------------------------------------- sinks
+
+State = Literal["delivered", "deferred", "failed"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The result of one try for one recipient.
+
+    ``reply``: what the far side said, or what we say in its place. ``remote``: who said it
+    (``host:port``, URL, path). ``retry_after``: seconds the far side asked for. ``down``: the
+    fault is the sink's, not this message's (no connection, time-out, 5xx of a webhook):
+    other messages would fare alike. ``pause``: the far side wants no more (HTTP 410).
+    ``notifies``: the far side took over the duty of delivery status notifications (it
+    offered DSN and got NOTIFY)."""
+
+    state: State
+    reply: Reply
+    remote: str = ""
+    retry_after: float | None = None
+    down: bool = False
+    pause: bool = False
+    notifies: bool = False
+
+
+class Delivery:
+    """One try to carry one message to one sink for some of its recipients.
+
+    ``id`` is stable over tries for the same set of recipients (``webhook-id``); ``attempt``
+    counts from 1. The sink calls ``settle`` exactly once, on the loop, with one Outcome per
+    recipient in the order of ``recipients``; it may do so before ``start`` returns."""
+
+    __slots__ = ("_settled", "attempt", "id", "message", "recipients", "sink")
+
+    def __init__(
+        self,
+        id: str,
+        message: Message,
+        recipients: Sequence[Recipient],
+        sink: str,
+        attempt: int,
+        settled: Callable[[Delivery, Sequence[Outcome]], None],
+    ) -> None:
+        self.id = id
+        self.message = message
+        self.recipients = recipients
+        self.sink = sink
+        self.attempt = attempt
+        self._settled: Callable[[Delivery, Sequence[Outcome]], None] | None = settled
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Raises RuntimeError when called twice, ValueError when the count is off."""
+        settled = self._settled
+        if settled is None:
+            raise RuntimeError(f"delivery {self.id} to {self.sink} was settled twice")
+        if len(outcomes) != len(self.recipients):
+            raise ValueError(f"{len(outcomes)} outcomes for {len(self.recipients)} recipients")
+        self._settled = None
+        settled(self, outcomes)
+
+    def settle_all(self, outcome: Outcome) -> None:
+        """The same outcome for every recipient."""
+        self.settle([outcome] * len(self.recipients))
+
+    @property
+    def settled(self) -> bool:
+        return self._settled is None
+
+
+class Sink(Protocol):
+    """Carries a message one hop.
+
+    ``start`` never raises and never blocks; it never raises for the far side's doing but
+    settles with deferred or failed. It never retries and never touches the spool: the Queue
+    alone knows time, and never has more than ``concurrency`` deliveries out. A sink keeps its
+    own deadline: every delivery is settled by then."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def carries_binary(self) -> bool:
+        """It carries BINARYMIME content (RFC 3030)."""
+    def start(self, delivery: Delivery) -> None: ...
+    async def open(self) -> None:
+        """Before the first delivery. Connects to nothing that may be down."""
+    async def close(self) -> None:
+        """After the last one: deliveries still out are settled as deferred."""
+
+
+class AsyncSink(ABC):
+    """For sinks that are most simply a coroutine: write ``carry``, and this is a Sink.
+
+    An exception out of ``carry`` is a bug of the sink: the delivery is deferred and the
+    exception goes to the loop's exception handler."""
+
+    carries_binary = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
+        """One Outcome per recipient, in order."""
+
+    def start(self, delivery: Delivery) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(delivery))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, delivery: Delivery) -> None:
+        outcomes: Sequence[Outcome]
+        try:
+            outcomes = await self.carry(delivery)
+        except asyncio.CancelledError:
+            outcomes = [INTERRUPTED] * len(delivery.recipients)
+        except Exception as error:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"sink {self.name} failed on {delivery.id}", "exception": error}
+            )
+            outcomes = [BROKEN] * len(delivery.recipients)
+        delivery.settle(outcomes)
+
+    async def open(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+DELIVERED = Outcome("delivered", Reply(250, "2.0.0", "delivered"))
+INTERRUPTED = Outcome("deferred", Reply(451, "4.3.2", "interrupted, will be tried again"))
+BROKEN = Outcome("deferred", Reply(451, "4.3.0", "internal fault in the sink"))
+
+# -------------------------------------------------------------------- checks
+
+Stage = Literal["client", "sender", "recipient", "content"]
+
+
+@dataclass(slots=True)
+class Question:
+    """What a check is asked. ``sender`` is None at the client stage, ``recipient`` only given
+    at its own; ``message`` only at the content stage, with the verdicts so far in its ``checks``."""
+
+    stage: Stage
+    client: Client
+    listener: str
+    sender: str | None = None
+    recipient: Recipient | None = None
+    message: Message | None = None
+
+
+@dataclass(slots=True)
+class Verdict:
+    """``reply`` refuses (4yz or 5yz), None lets pass. ``facts`` are kept in ``Message.checks``
+    under the check's name and may be anything that JSON can say."""
+
+    reply: Reply | None = None
+    facts: Any = None
+
+
+class Check(Protocol):
+    """Judges at one or more stages. Raises nothing for the far side's doing: a service that is
+    down is a Verdict as the operator chose (``on_error``)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stages(self) -> frozenset[Stage]: ...
+    async def judge(self, question: Question) -> Verdict: ...
+    async def close(self) -> None: ...
+
+
+# -------------------------------------------------------------------- intake
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One mail on a connection, from MAIL on. ``number`` counts within the connection;
+    ``routes`` stands beside ``envelope.recipients``. The facts of the content are set at
+    its end."""
+
+    number: int
+    session: str
+    listener: str
+    client: Client
+    envelope: Envelope
+    routes: list[Route] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+    eight_bit: bool = False
+    header_size: int = 0
+    lmtp: bool = False
+
+
+#: The answer after the end of data: one Reply for SMTP, one per accepted recipient (in
+#: order) for LMTP, None to close the connection without a word (nobody knows the truth).
+Answer = Callable[[Reply | Sequence[Reply] | None], None]
+
+
+class Draft(Protocol):
+    """Content on its way in."""
+
+    def write(self, octets: bytes) -> None: ...
+    @property
+    def full(self) -> bool:
+        """More is buffered than should be: stop reading until ``drained`` is called."""
+    def finish(self, answer: Answer) -> None:
+        """The end of data was read and the wire found nothing wrong. ``answer`` is called once."""
+    def abort(self) -> None:
+        """The mail will not be: forget it. Also allowed after ``finish``: the client is gone,
+        the answer goes nowhere, but the message is carried if it can be."""
+
+
+class Intake(Protocol):
+    """What a connection leans on."""
+
+    def begin(self, transaction: Transaction, drained: Callable[[], None]) -> Draft:
+        """Recipients stand, content comes now."""
+    def ask(self, question: Question, checks: Sequence[str], answer: Callable[[Verdict], None]) -> None:
+        """Run these checks in order; ``answer`` gets the first refusal, or all the facts
+        (a dict by check name)."""
+
+
+# --------------------------------------------------------------------- spool
+
+Keeping = Literal["queued", "held", "dead"]
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """What a message still owes one sink: a row of the spool, or on its way to become one.
+
+    ``recipients``: indexes into ``envelope.recipients``, ascending. ``part`` numbers the set of
+    recipients (1, 2, …): it is raised whenever the set shrinks. ``due``, ``expires_at``: Unix
+    seconds. ``key`` is 0 until the row exists; only the spool sets it and ``message_key``.
+    ``note``: the last reply or reason. ``down``: it waits for its sink, not for its own delay."""
+
+    message_id: str
+    sink: str
+    recipients: tuple[int, ...]
+    due: float
+    expires_at: float
+    part: int = 1
+    attempts: int = 0
+    priority: int = 0
+    state: Keeping = "queued"
+    note: str = ""
+    down: bool = False
+    key: int = 0
+    message_key: int = 0
+
+    @property
+    def delivery_id(self) -> str:
+        return self.message_id if self.part == 1 else f"{self.message_id}_{self.part}"
+
+
+class SpoolError(Exception):
+    """A group could not be stored. ``known``: it is proven that nothing of it will ever come
+    back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery)."""
+
+    def __init__(self, reason: str, known: bool) -> None:
+        super().__init__(reason)
+        self.known = known
+
+
+@dataclass(slots=True)
+class Row:
+    """A message with what it owes: stored whole or not at all."""
+
+    message: Message
+    pendings: list[Pending]
+
+
+class Store(Protocol):
+    """A message that waits for the next commit group."""
+
+    @property
+    def size(self) -> int:
+        """Octets it will add to the group."""
+    def close(self) -> list[Row]:
+        """The group closes now (on the loop): what to store. Empty: all was taken meanwhile,
+        nothing is stored and ``stored`` is not called."""
+    def stored(self, error: SpoolError | None) -> None:
+        """On the loop, after the sync (or its failure)."""
+
+
+@dataclass(slots=True)
+class Mark:
+    """What became of a stored Pending: one transaction with what follows from it.
+
+    ``pending`` as it is to be from now on; without recipients its row is deleted, and with
+    the last row of a message the message. ``splits``: further rows of the same message (dead
+    letters). ``follow``: new messages (bounces). ``synced``: on the loop, once it is durable
+    (a mark is kept and tried again until it is)."""
+
+    pending: Pending
+    splits: list[Pending] = field(default_factory=list)
+    follow: list[Row] = field(default_factory=list)
+    synced: Callable[[], None] | None = None
+
+
+class Spool(Protocol):
+    """The durable place. Every call is made on the loop and returns at once; the work is
+    done elsewhere. Reads see everything that was synced before they were asked for."""
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why nothing should be promised now; None if all is well. Costs nothing to ask."""
+    async def open(self) -> None:
+        """Take the lock, recover. Raises SpoolError when another process has it."""
+    async def close(self) -> None: ...
+    def store(self, ticket: Store) -> None:
+        """Join the next group (the caller already waited for ``spool.hold``)."""
+    def mark(self, mark: Mark) -> None:
+        """Ride on the next group, at most 50 ms later. Queues behind the insert it speaks of."""
+    def file(self, message_id: str) -> ContentFile:
+        """A file of its own for large content, not yet durable."""
+    async def load(self, pending: Pending) -> Message | None:
+        """The message of a row; None if it is gone or was found damaged (then the row is set
+        aside and reported)."""
+    async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
+        """Queued rows of one sink by priority and due time."""
+    async def next_due(self, sink: str) -> float | None: ...
+    async def counts(self) -> Mapping[tuple[str, str], tuple[int, float]]:
+        """``(sink, state)`` → ``(rows, received_at of the oldest)``."""
+    async def wake(self, sink: str, now: float) -> int:
+        """Make every queued row of this sink that waits for the sink (``down``) due now."""
+
+
+class ContentFile(Protocol):
+    """Large content on disk. ``write`` hands to a thread and calls ``written`` on the loop."""
+
+    @property
+    def path(self) -> str: ...
+    def write(self, pieces: list[bytes], written: Callable[[Exception | None], None]) -> None: ...
+    def discard(self) -> None:
+        """Close and remove it (never after its row was stored)."""
+
+
+# ---------------------------------------------------------------- what it tells
+
+
+class Observer(Protocol):
+    """One call per business event; never blocks, never raises."""
+
+    def event(self, name: str, /, **fields: Any) -> None: ...
