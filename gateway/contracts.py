@@ -105,9 +105,11 @@ class Sink(Protocol):
     @property
     def carries_binary(self) -> bool:
         """It carries BINARYMIME content (RFC 3030)."""
+
     def start(self, delivery: Delivery) -> None: ...
     async def open(self) -> None:
         """Before the first delivery. Connects to nothing that may be down."""
+
     async def close(self) -> None:
         """After the last one: deliveries still out are settled as deferred."""
 
@@ -140,9 +142,7 @@ class AsyncSink(ABC):
         except asyncio.CancelledError:
             outcomes = [INTERRUPTED] * len(delivery.recipients)
         except Exception as error:
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": f"sink {self.name} failed on {delivery.id}", "exception": error}
-            )
+            asyncio.get_running_loop().call_exception_handler({"message": f"sink {self.name} failed on {delivery.id}", "exception": error})
             outcomes = [BROKEN] * len(delivery.recipients)
         delivery.settle(outcomes)
 
@@ -233,8 +233,10 @@ class Draft(Protocol):
     @property
     def full(self) -> bool:
         """More is buffered than should be: stop reading until ``drained`` is called."""
+
     def finish(self, answer: Answer) -> None:
         """The end of data was read and the wire found nothing wrong. ``answer`` is called once."""
+
     def abort(self) -> None:
         """The mail will not be: forget it. Also allowed after ``finish``: the client is gone,
         the answer goes nowhere, but the message is carried if it can be."""
@@ -245,6 +247,7 @@ class Intake(Protocol):
 
     def begin(self, transaction: Transaction, drained: Callable[[], None]) -> Draft:
         """Recipients stand, content comes now."""
+
     def ask(self, question: Question, checks: Sequence[str], answer: Callable[[Verdict], None]) -> None:
         """Run these checks in order; ``answer`` gets the first refusal, or all the facts
         (a dict by check name)."""
@@ -306,9 +309,11 @@ class Store(Protocol):
     @property
     def size(self) -> int:
         """Octets it will add to the group."""
+
     def close(self) -> list[Row]:
         """The group closes now (on the loop): what to store. Empty: all was taken meanwhile,
         nothing is stored and ``stored`` is not called."""
+
     def stored(self, error: SpoolError | None) -> None:
         """On the loop, after the sync (or its failure)."""
 
@@ -335,23 +340,33 @@ class Spool(Protocol):
     @property
     def unhealthy(self) -> str | None:
         """Why nothing should be promised now; None if all is well. Costs nothing to ask."""
+
     async def open(self) -> None:
         """Take the lock, recover. Raises SpoolError when another process has it."""
+
     async def close(self) -> None: ...
     def store(self, ticket: Store) -> None:
         """Join the next group (the caller already waited for ``spool.hold``)."""
+
     def mark(self, mark: Mark) -> None:
         """Ride on the next group, at most 50 ms later. Queues behind the insert it speaks of."""
+
     def file(self, message_id: str) -> ContentFile:
         """A file of its own for large content, not yet durable."""
+
     async def load(self, pending: Pending) -> Message | None:
         """The message of a row; None if it is gone or was found damaged (then the row is set
         aside and reported)."""
+
     async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
         """Queued rows of one sink by priority and due time."""
-    async def next_due(self, sink: str) -> float | None: ...
+
+    async def next_due(self, sink: str, after: float) -> float | None:
+        """When the earliest queued row of one sink that is due later than ``after`` is due."""
+
     async def counts(self) -> Mapping[tuple[str, str], tuple[int, float]]:
         """``(sink, state)`` → ``(rows, received_at of the oldest)``."""
+
     async def wake(self, sink: str, now: float) -> int:
         """Make every queued row of this sink that waits for the sink (``down``) due now."""
 

@@ -43,6 +43,15 @@ class Reply:
         self.wire = _encode(code, enhanced, text)
 
     @classmethod
+    def ok(cls, text: str) -> Reply:
+        """250 2.0.0 with a text of our own making (ASCII, no controls, under 480 octets): once
+        per accepted message, so nothing is looked over again."""
+        self = cls.__new__(cls)
+        self.code, self.enhanced, self.text = 250, "2.0.0", text
+        self.wire = b"250 2.0.0 %s\r\n" % text.encode()
+        return self
+
+    @classmethod
     def untrusted(cls, code: int, text: str) -> Reply:
         """A Reply made of an upstream's or a webhook's words: controls become ``?``, an
         enhanced code at the start of the text is taken as such, 1,024 characters are kept.

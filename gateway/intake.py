@@ -1,0 +1,678 @@
+"""One message, from the end of MAIL to the reply: content, checks, first try, commit, answer.
+
+Owns promise 1: the 250 after the end of data leaves here and nowhere else, and only when
+every (recipient, sink) pair was taken or a synced row names those that were not (DESIGN §4,
+the decision table; each line of it is a test in tests/unit/test_intake.py). Knows neither
+sockets nor SQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from random import SystemRandom
+from typing import Any, Literal
+
+from .contracts import (
+    Answer,
+    Check,
+    ContentFile,
+    Observer,
+    Outcome,
+    Pending,
+    Question,
+    Row,
+    Spool,
+    SpoolError,
+    Transaction,
+    Verdict,
+)
+from .message import INLINE_LIMIT, Content, Message
+from .queue import Queue
+from .reply import Reply
+from .smtp.trace import mark, received
+
+#: Times a message may have passed this very gateway before it is a loop (RFC 5321 §6.3).
+OWN_PASSES = 5
+#: Octets that may wait for the disk before the connection stops reading.
+DISK_BACKLOG = 2 * 1024 * 1024
+
+LOOP = Reply(554, "5.4.6", "routing loop: this message has passed here before")
+NOT_STORED = Reply(451, "4.3.0", "not stored, try again later")
+NO_SPACE = Reply(452, "4.3.1", "no space to store the message, try again later")
+NO_VERDICT = Reply(451, "4.4.7", "no answer from the next hop in time, try again later")
+CHECK_FAILED = Reply(451, "4.7.1", "a check could not be made, try again later")
+
+
+_random = SystemRandom()
+_pool: list[int] = []
+
+
+def new_id(now: float) -> str:
+    """A UUIDv7 (RFC 9562 §5.7) for Unix time ``now``: sortable by time, 74 random bits."""
+    if not _pool:
+        # One system call for many ids.
+        bits = _random.getrandbits(74 * 256)
+        for _ in range(256):
+            _pool.append(bits & (1 << 74) - 1)
+            bits >>= 74
+    bits = _pool.pop()
+    value = int(now * 1000) << 80 | 7 << 76 | bits >> 62 << 64 | 2 << 62 | bits & (1 << 62) - 1
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+class MailIntake:
+    """Implements ``contracts.Intake``. ``expire`` in seconds; ``memory``: octets of content that
+    all drafts together may hold in memory before further ones go to files."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        spool: Spool,
+        checks: Mapping[str, Check],
+        *,
+        hostname: str,
+        expire: float,
+        observer: Observer,
+        memory: int = 128 * 1024 * 1024,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.queue = queue
+        self.spool = spool
+        self.hostname = hostname
+        self.expire = expire
+        self.observer = observer
+        self.clock = clock
+        self.memory = memory
+        self.held = 0
+        self._checks = dict(checks)
+        self._content_checks = frozenset(name for name, check in checks.items() if "content" in check.stages)
+        self._mark = mark(hostname)
+        self._patient: deque[tuple[float, Ticket]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._owed = 0
+
+    # ------------------------------------------------------ contracts.Intake
+
+    def begin(self, transaction: Transaction, drained: Callable[[], None]) -> MailDraft:
+        return MailDraft(self, transaction, drained)
+
+    def ask(self, question: Question, checks: Sequence[str], answer: Callable[[Verdict], None]) -> None:
+        self._spawn(self._ask(question, checks, answer))
+
+    async def _ask(self, question: Question, checks: Sequence[str], answer: Callable[[Verdict], None]) -> None:
+        answer(await self._judge(question, checks))
+
+    async def _judge(self, question: Question, names: Sequence[str]) -> Verdict:
+        facts: dict[str, Any] = {}
+        for name in names:
+            check = self._checks[name]
+            if question.stage not in check.stages:
+                continue
+            try:
+                verdict = await check.judge(question)
+            except Exception as error:
+                # A check promises not to raise: this is a bug of ours, and the mail must wait for its repair.
+                asyncio.get_running_loop().call_exception_handler({"message": f"check {name} failed", "exception": error})
+                return Verdict(CHECK_FAILED, facts)
+            if verdict.facts is not None:
+                facts[name] = verdict.facts
+                if question.message is not None:
+                    question.message.checks[name] = verdict.facts
+            if verdict.reply is not None:
+                return Verdict(verdict.reply, facts)
+        return Verdict(None, facts)
+
+    # ------------------------------------------------------------------ life
+
+    @property
+    def owed(self) -> int:
+        """Messages after their end of data that have no answer yet."""
+        return self._owed
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._patient:
+            self._patient.popleft()[1].impatient()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ----------------------------------------------------------- for drafts
+
+    def receive(self, draft: MailDraft, content: Content, answer: Answer) -> None:
+        """The whole content is here, in memory or on disk."""
+        self._owed += 1
+        transaction = draft.transaction
+        now = self.clock()
+        if self._looping(content):
+            draft.refuse(answer, LOOP)
+            return
+        message = Message(
+            id=draft.id or new_id(now),
+            envelope=transaction.envelope,
+            stored=content,
+            client=transaction.client,
+            received_at=now,
+            listener=transaction.listener,
+            checks=dict(transaction.facts.get("checks", ())),
+            expires_at=now + self.expire,
+        )
+        message.trace = received(transaction.client, transaction.envelope, self.hostname, message.id, now)
+        names = self._wanted(transaction)
+        if names:
+            self._spawn(self._check(draft, message, names, answer))
+        else:
+            Ticket(self, draft, message, answer).start()
+
+    def _wanted(self, transaction: Transaction) -> list[str]:
+        if not self._content_checks:
+            return []
+        names = dict.fromkeys(name for route in transaction.routes for name in route.checks)
+        return [name for name in names if name in self._content_checks]
+
+    async def _check(self, draft: MailDraft, message: Message, names: Sequence[str], answer: Answer) -> None:
+        transaction = draft.transaction
+        question = Question("content", transaction.client, transaction.listener, sender=transaction.envelope.mail_from, message=message)
+        verdict = await self._judge(question, names)
+        if verdict.reply is not None:
+            draft.refuse(answer, verdict.reply)
+        else:
+            Ticket(self, draft, message, answer).start()
+
+    def _looping(self, content: Content) -> bool:
+        if content.header_size <= len(self._mark):
+            return False
+        header = b""
+        for piece in content.chunks():
+            header += piece[: content.header_size - len(header)]
+            if len(header) >= content.header_size:
+                break
+        return header.count(self._mark) >= OWN_PASSES
+
+    def release(self, draft: MailDraft) -> None:
+        """The answer is out: its content no longer counts as held."""
+        self._owed -= 1
+        draft.let_go()
+
+    def wait(self, ticket: Ticket, patience: float) -> None:
+        """Call ``ticket.impatient`` in ``patience`` seconds (one timer for all: they wait alike)."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + patience
+        self._patient.append((due, ticket))
+        if self._timer is None:
+            self._timer = loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        patient = self._patient
+        while patient and (patient[0][0] <= now + 0.0005 or patient[0][1].over):
+            patient.popleft()[1].impatient()
+        if patient:
+            self._timer = loop.call_at(patient[0][0], self._tick)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler({"message": "intake failed", "exception": error, "task": task})
+
+
+class MailDraft:
+    """Content on its way in: up to INLINE_LIMIT octets in memory, more in one file."""
+
+    __slots__ = (
+        "_answer",
+        "_buffered",
+        "_drained",
+        "_failure",
+        "_file",
+        "_gone",
+        "_held",
+        "_intake",
+        "_pieces",
+        "_size",
+        "_writing",
+        "id",
+        "transaction",
+    )
+
+    def __init__(self, intake: MailIntake, transaction: Transaction, drained: Callable[[], None]) -> None:
+        self.id = ""
+        self.transaction = transaction
+        self._intake = intake
+        self._drained = drained
+        self._pieces: list[bytes] = []
+        self._buffered = 0
+        self._held = 0
+        self._size = 0
+        self._file: ContentFile | None = None
+        self._writing = 0
+        self._failure: Exception | None = None
+        self._answer: Answer | None = None
+        self._gone = False
+
+    def write(self, octets: bytes) -> None:
+        length = len(octets)
+        self._pieces.append(octets)
+        self._buffered += length
+        self._size += length
+        self._held += length
+        self._intake.held += length
+        if self._file is None:
+            if self._size <= INLINE_LIMIT and self._intake.held <= self._intake.memory:
+                return
+            self.id = new_id(self._intake.clock())
+            self._file = self._intake.spool.file(self.id)
+        if self._buffered >= INLINE_LIMIT:
+            self._flush()
+
+    @property
+    def full(self) -> bool:
+        return self._file is not None and self._held > DISK_BACKLOG
+
+    def finish(self, answer: Answer) -> None:
+        if self._file is None:
+            pieces = self._pieces
+            octets = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._pieces = []
+            self._intake.receive(self, self._content(octets, None), answer)
+            return
+        self._answer = answer
+        if self._buffered:
+            self._flush()
+        elif not self._writing:
+            self._complete()
+
+    def abort(self) -> None:
+        if self._gone or self._answer is not None:
+            return
+        self.let_go()
+        self._discard()
+
+    def refuse(self, answer: Answer, reply: Reply) -> None:
+        """After the end of data: the message will not be ours."""
+        answer(reply)
+        self._intake.release(self)
+        self._discard()
+
+    def forget(self) -> None:
+        """Nothing was stored and nothing is owed any more: a file of ours goes."""
+        self._discard()
+
+    def let_go(self) -> None:
+        self._intake.held -= self._held
+        self._held = 0
+        self._pieces = []
+
+    def _discard(self) -> None:
+        self._gone = True
+        if self._file is not None and not self._writing:
+            self._file.discard()
+            self._file = None
+
+    def _content(self, octets: bytes | None, path: str | None) -> Content:
+        transaction = self.transaction
+        return Content(octets, path, self._size, eight_bit=transaction.eight_bit, header_size=transaction.header_size)
+
+    def _flush(self) -> None:
+        assert self._file is not None
+        pieces, length = self._pieces, self._buffered
+        self._pieces, self._buffered = [], 0
+        self._writing += 1
+        self._file.write(pieces, lambda error: self._written(length, error))
+
+    def _written(self, length: int, error: Exception | None) -> None:
+        was_full = self.full
+        self._writing -= 1
+        held = min(length, self._held)
+        self._held -= held
+        self._intake.held -= held
+        if error is not None and self._failure is None:
+            self._failure = error
+        if self._gone:
+            self._discard()
+            return
+        if was_full and not self.full:
+            self._drained()
+        if self._answer is not None and not self._writing:
+            self._complete()
+
+    def _complete(self) -> None:
+        assert self._file is not None
+        assert self._answer is not None
+        if self._failure is not None:
+            self._intake.observer.event("shed", reason=f"content could not be written: {self._failure}")
+            self._intake._owed += 1
+            self.refuse(self._answer, NO_SPACE)
+            return
+        self._intake.receive(self, self._content(None, self._file.path), self._answer)
+
+
+#: A Ticket's life: the first tries are out; it waits for its group; the group is being
+#: written; the truth is known.
+Phase = Literal["trying", "joined", "closed", "over"]
+
+
+class Ticket:
+    """One message between the end of its data and its answer (implements ``contracts.Store``).
+
+    ``_outcomes`` holds what came back and was not yet judged; ``_out`` counts the tries that
+    are out."""
+
+    __slots__ = (
+        "_answer",
+        "_delivered",
+        "_draft",
+        "_failed",
+        "_follow",
+        "_intake",
+        "_kept",
+        "_late",
+        "_out",
+        "_outcomes",
+        "_pendings",
+        "_phase",
+        "_splits",
+        "_timer",
+        "_untried",
+        "message",
+    )
+
+    def __init__(self, intake: MailIntake, draft: MailDraft, message: Message, answer: Answer) -> None:
+        self._intake = intake
+        self._draft = draft
+        self.message = message
+        self._answer: Answer | None = answer
+        routes = draft.transaction.routes
+        self._delivered = routes[0].acknowledge == "delivered"
+        self._phase: Phase = "trying"
+        self._untried = False
+        self._outcomes: list[tuple[Pending, Sequence[Outcome]]] = []
+        self._splits: list[Pending] = []
+        self._follow: list[Row] = []
+        self._late: list[tuple[Pending, Sequence[Outcome]]] = []
+        self._kept = False  # a row of this message is in the spool
+        self._failed: Reply | None = None  # the store failed; this is the answer if not all was taken
+        self._timer: asyncio.TimerHandle | None = None
+        if len(routes) == 1 or all(route.sinks == routes[0].sinks for route in routes):
+            everyone = tuple(range(len(routes)))
+            groups = dict.fromkeys(routes[0].sinks, everyone)
+        else:
+            lists: dict[str, list[int]] = {}
+            for index, route in enumerate(routes):
+                for sink in route.sinks:
+                    lists.setdefault(sink, []).append(index)
+            groups = {sink: tuple(indexes) for sink, indexes in lists.items()}
+        self._pendings = [
+            Pending(message.id, sink, indexes, message.received_at, message.expires_at, priority=message.priority)
+            for sink, indexes in groups.items()
+        ]
+        # ids of the Pendings whose first try is not over: all, until told otherwise.
+        self._out = {id(pending) for pending in self._pendings}
+
+    @property
+    def over(self) -> bool:
+        return self._phase == "over"
+
+    # ------------------------------------------------------------- first try
+
+    def start(self) -> None:
+        queue = self._intake.queue
+        patience = queue.hold
+        for pending in self._pendings:
+            if not queue.first_try(self.message, pending, self, wait=self._delivered):
+                self._out.discard(id(pending))
+                self._untried = True
+            elif id(pending) in self._out:
+                patience = min(patience, queue.patience(pending.sink))
+        if self._phase != "trying":
+            return  # settled on the way
+        if self._delivered:
+            if self._untried:
+                self._decide_delivered(timed_out=True)
+            else:
+                route = self._draft.transaction.routes[0]
+                self._timer = asyncio.get_running_loop().call_later(route.acknowledge_timeout, self.impatient)
+        elif self._untried or not self._out or patience <= 0.0:
+            self._join()
+        else:
+            self._intake.wait(self, patience)
+
+    def impatient(self) -> None:
+        """The tries have been out for long enough."""
+        self._timer = None
+        if self._phase == "trying":
+            if self._delivered:
+                self._decide_delivered(timed_out=True)
+            else:
+                self._join()
+
+    def settled(self, pending: Pending, outcomes: Sequence[Outcome]) -> None:
+        """A first try came back (called by the queue, on the loop)."""
+        self._out.discard(id(pending))
+        if self._phase == "closed":
+            self._late.append((pending, outcomes))
+        elif self._phase in ("trying", "joined"):
+            self._outcomes.append((pending, outcomes))
+            if self._delivered and self._phase == "trying":
+                if not self._out and not self._untried:
+                    self._decide_delivered(timed_out=False)
+                return
+            self._judge()
+            if self._nothing_owed():
+                self._accept(stored=False)
+            elif self._phase == "trying" and not self._out and not self._untried:
+                self._join()
+        elif self._failed is not None:
+            self._late.append((pending, outcomes))
+            self._settle_failure()
+        elif self._kept:
+            self._intake.queue.conclude(self.message, pending, outcomes)
+        else:
+            self._finish_unkept()
+
+    def _judge(self) -> None:
+        """Turn outcomes into what is still owed and what follows."""
+        queue = self._intake.queue
+        now = self._intake.clock()
+        for pending, outcomes in self._outcomes:
+            splits, follow = queue.judge(self.message, pending, outcomes, now)
+            self._splits += splits
+            self._follow += follow
+        self._outcomes = []
+
+    def _nothing_owed(self) -> bool:
+        return not self._splits and not self._follow and not self._out and not any(pending.recipients for pending in self._pendings)
+
+    # ------------------------------------------------ acknowledge = delivered
+
+    def _decide_delivered(self, timed_out: bool) -> None:
+        """The sinks' own word is the answer (DESIGN §4), or the fallback where it did not come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if timed_out:
+            route = self._draft.transaction.routes[0]
+            for pending in self._pendings:
+                if id(pending) in self._out and self._intake.queue.withdraw(pending):
+                    self._out.discard(id(pending))
+            if route.fallback == "refuse":
+                self._refuse(NO_VERDICT)
+            else:
+                self._judge()
+                self._join()
+            return
+        refusals = self._refusals()
+        count = len(self.message.envelope.recipients)
+        if len(refusals) == count and not self._draft.transaction.lmtp:
+            replies = list(refusals.values())
+            self._refuse(next((reply for reply in replies if reply.temporary), replies[0]))
+            return
+        if self._draft.transaction.lmtp:
+            self._drop(refusals)
+            accepted = self._accepted()
+            replies = [refusals.get(index, accepted) for index in range(count)]
+            if len(refusals) == count:
+                self._refuse(replies)
+                return
+            answer = self._answer
+            assert answer is not None
+            self._answer = lambda reply: answer(replies if isinstance(reply, Reply) and reply.positive else reply)
+        self._judge()
+        if self._nothing_owed():
+            self._accept(stored=False)
+        else:
+            self._join()
+
+    def _refusals(self) -> dict[int, Reply]:
+        """Recipients that no sink took, with the reply of the first that refused."""
+        taken: set[int] = set()
+        refused: dict[int, Reply] = {}
+        for pending, outcomes in self._outcomes:
+            for index, outcome in zip(pending.recipients, outcomes, strict=True):
+                if outcome.state == "delivered":
+                    taken.add(index)
+                else:
+                    refused.setdefault(index, _own_reply(outcome))
+        return {index: refused[index] for index in sorted(refused) if index not in taken}
+
+    def _drop(self, refusals: Mapping[int, Reply]) -> None:
+        """These recipients were told the truth themselves: nothing is owed for them."""
+        kept: list[tuple[Pending, Sequence[Outcome]]] = []
+        for pending, outcomes in self._outcomes:
+            pairs = [(index, outcome) for index, outcome in zip(pending.recipients, outcomes, strict=True) if index not in refusals]
+            if len(pairs) < len(pending.recipients):
+                pending.recipients = tuple(index for index, _outcome in pairs)
+                pending.part += 1
+            kept.append((pending, [outcome for _index, outcome in pairs]))
+        self._outcomes = kept
+
+    # ------------------------------------------------------- contracts.Store
+
+    def _join(self) -> None:
+        self._phase = "joined"
+        self._intake.spool.store(self)
+
+    @property
+    def size(self) -> int:
+        stored = self.message.stored
+        return 1024 + (stored.size if stored.path is None else 0)
+
+    def close(self) -> list[Row]:
+        if self._phase != "joined":
+            return []
+        owed = [pending for pending in self._pendings if pending.recipients] + self._splits
+        rows = list(self._follow)
+        if owed:
+            self._kept = True
+            rows.insert(0, Row(self.message, owed))
+        self._phase = "closed"
+        return rows
+
+    def stored(self, error: SpoolError | None) -> None:
+        queue = self._intake.queue
+        if error is None:
+            if not self._kept:
+                # Only notices were stored.
+                queue.follow_up(self._follow)
+                self._accept(stored=True)
+                return
+            late = {id(pending) for pending, _outcomes in self._late}
+            for pending in self._pendings:
+                if id(pending) in self._out or id(pending) in late:
+                    queue.resume(pending)
+                elif pending.recipients:
+                    queue.adopt(pending)
+            queue.follow_up(self._follow)
+            self._accept(stored=True)
+            for pending, outcomes in self._late:
+                queue.conclude(self.message, pending, outcomes)
+            self._late = []
+            return
+        self._kept = False
+        if not error.known:
+            self._say(None)
+            return
+        self._failed = NO_SPACE if "full" in str(error).lower() or "space" in str(error).lower() else NOT_STORED
+        self._phase = "over"
+        self._settle_failure()
+
+    def _settle_failure(self) -> None:
+        """The store failed before anything could be kept: tries that are out are waited for, and
+        all taken is 250 all the same."""
+        if self._out:
+            return
+        assert self._failed is not None
+        taken = {id(pending) for pending, outcomes in self._late if all(outcome.state == "delivered" for outcome in outcomes)}
+        everything = all(id(pending) in taken or not pending.recipients for pending in self._pendings)
+        if everything and not self._splits and not self._follow:
+            self._failed = None
+            self._accept(stored=False)
+        else:
+            failed, self._failed = self._failed, None
+            self._refuse(failed)
+
+    # ---------------------------------------------------------------- answers
+
+    def _accepted(self) -> Reply:
+        return Reply.ok(f"accepted as {self.message.id}")
+
+    def _accept(self, stored: bool) -> None:
+        transaction = self._draft.transaction
+        self._intake.observer.event(
+            "accepted",
+            session=transaction.session,
+            id=self.message.id,
+            listener=transaction.listener,
+            client=transaction.client.ip,
+            mail_from=transaction.envelope.mail_from,
+            recipients=len(transaction.envelope.recipients),
+            size=self.message.stored.size,
+            stored=stored,
+        )
+        reply = self._accepted()
+        self._say([reply] * len(transaction.envelope.recipients) if transaction.lmtp else reply)
+        if not self._kept:
+            self._finish_unkept()
+
+    def _refuse(self, reply: Reply | Sequence[Reply]) -> None:
+        if self._draft.transaction.lmtp and isinstance(reply, Reply):
+            reply = [reply] * len(self.message.envelope.recipients)
+        self._say(reply)
+        self._finish_unkept()
+
+    def _finish_unkept(self) -> None:
+        """No row needs the file of a large content; the last try that reads it is over."""
+        if not self._out:
+            self._draft.forget()
+
+    def _say(self, reply: Reply | Sequence[Reply] | None) -> None:
+        self._phase = "over"
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            self._intake.release(self._draft)
+            answer(reply)
+
+
+def _own_reply(outcome: Outcome) -> Reply:
+    """A sink's word as the client's reply: a deferral is never a 5yz, a failure never a 4yz."""
+    reply = outcome.reply
+    if outcome.state == "deferred" and not reply.temporary:
+        return Reply.untrusted(451, f"4.0.0 {reply.text}")
+    if outcome.state == "failed" and not reply.permanent:
+        return Reply.untrusted(550, f"5.0.0 {reply.text}")
+    return reply

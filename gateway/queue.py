@@ -1,0 +1,625 @@
+"""Time: what is due when, tries, retries, giving up, bounces, fairness.
+
+Owns one Lane per sink: its concurrency, its backlog, its health. A failing or slow sink
+never delays another, because lanes share nothing. Only a bounded window of the backlog
+is in memory; the rest stays in the spool, asked for by due time. Knows no wire and no
+disk: sinks and the spool are met through contracts.
+
+A try that fails because the sink as a whole is out of reach (``Outcome.down``) takes the
+lane down: new mail goes straight to the spool, one message at a time probes the sink, and
+its first success makes everything that waited for it due at once.
+
+RFC 5321 §4.5.4.1 (retry strategy), RFC 3461 (what NOTIFY asks for).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool
+from .message import Client, Content, Envelope, Message, Params, Recipient
+from .reply import Reply
+from .smtp import bounce
+from .smtp.trace import date_header
+
+#: Seconds between probes of a sink that is down: first, then doubling up to the last.
+PROBE_FIRST, PROBE_LAST = 1.0, 60.0
+#: A far side may ask for a day at most (DESIGN §6).
+RETRY_AFTER_LIMIT = 86400.0
+#: Longest sleep of a lane: steps of the wall clock are noticed after that (seconds).
+LONGEST_SLEEP = 30.0
+#: Rows taken from the spool at once, beyond what can start now.
+WINDOW = 64
+#: How often rows of lanes that do not try are looked at for expiry (seconds).
+EXPIRY_SWEEP = 60.0
+
+EXPIRED = Reply(554, "5.4.7", "delivery time expired")
+NO_SUCH_SINK = "this sink is not in the configuration"
+
+
+@dataclass(slots=True)
+class LaneSettings:
+    """``concurrency``: deliveries out at once. ``on_failure``: what becomes of a recipient that
+    failed for good or expired."""
+
+    concurrency: int
+    on_failure: Literal["bounce", "dead_letter"]
+    relays: bool = False
+
+
+class Waiting(Protocol):
+    """Who waits for a first try (the intake's Ticket)."""
+
+    def settled(self, pending: Pending, outcomes: Sequence[Outcome]) -> None: ...
+
+
+@dataclass(slots=True)
+class _First:
+    """A first try that waits for a place (``acknowledge = "delivered"``)."""
+
+    message: Message
+    pending: Pending
+    ticket: Waiting
+
+
+class Lane:
+    """One sink's share of the queue."""
+
+    __slots__ = (
+        "busy",
+        "down",
+        "earliest",
+        "latency",
+        "next_probe",
+        "out",
+        "paused",
+        "probe_delay",
+        "ready",
+        "refilling",
+        "settings",
+        "sink",
+        "succeeded",
+        "timer",
+        "waiting",
+    )
+
+    def __init__(self, sink: Sink, settings: LaneSettings) -> None:
+        self.sink = sink
+        self.settings = settings
+        self.out = 0
+        # Keys of rows that are in `ready`, out, or marked but not yet synced: never started twice.
+        self.busy: set[int] = set()
+        self.ready: deque[Pending] = deque()
+        self.waiting: deque[_First] = deque()
+        # No row outside `busy` is due before this (Unix seconds).
+        self.earliest = float("inf")
+        self.refilling = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.down = False
+        self.paused = False
+        self.next_probe = 0.0  # loop time
+        self.probe_delay = PROBE_FIRST
+        self.succeeded = 0.0  # loop time of the last success
+        self.latency = 0.0  # seconds, moving average of whole tries
+
+    def free(self, now: float) -> bool:
+        """May another delivery start at loop time ``now``?"""
+        if self.paused:
+            return False
+        if self.down:
+            return self.out == 0 and now >= self.next_probe
+        return self.out < self.settings.concurrency
+
+
+class Queue:
+    """What is due when. ``retry``: seconds until the next try after the first, second … one,
+    the last repeats. ``expire`` and ``hold`` in seconds. ``bounces``: the sink that carries
+    bounces. ``clock``: Unix seconds."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        sinks: Mapping[str, Sink],
+        lanes: Mapping[str, LaneSettings],
+        *,
+        retry: Sequence[float],
+        expire: float,
+        hold: float,
+        bounces: str | None,
+        hostname: str,
+        observer: Observer,
+        new_id: Callable[[float], str],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._spool = spool
+        self._lanes = {name: Lane(sink, lanes[name]) for name, sink in sinks.items()}
+        self._retry = tuple(retry)
+        self.expire = expire
+        self.hold = hold
+        self._bounces = bounces
+        self._hostname = hostname
+        self._observer = observer
+        self._new_id = new_id
+        self.clock = clock
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle: asyncio.Event = asyncio.Event()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    # ---------------------------------------------------------------- life
+
+    async def open(self) -> None:
+        """Schedule what the spool holds. The spool is open."""
+        self._loop = asyncio.get_running_loop()
+        self._random = random.Random()
+        found = await self._spool.counts()
+        totals: dict[str, int] = {}
+        for (sink, _state), (rows, _oldest) in found.items():
+            totals[sink] = totals.get(sink, 0) + rows
+        for sink, rows in sorted(totals.items()):
+            if sink not in self._lanes:
+                self._observer.event("sink_down", sink=sink, reason=f"{NO_SUCH_SINK}: {rows} messages are kept until it is")
+        for lane in self._lanes.values():
+            lane.earliest = 0.0
+            self._pump(lane)
+        self._sweeper = self._loop.call_later(EXPIRY_SWEEP, self._sweep)
+
+    async def close(self, patience: float = 0.0) -> None:
+        """Start nothing more and wait up to ``patience`` seconds for the tries that are out."""
+        self._closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for lane in self._lanes.values():
+            if lane.timer is not None:
+                lane.timer.cancel()
+            while lane.waiting:
+                first = lane.waiting.popleft()
+                first.ticket.settled(first.pending, [INTERRUPTED] * len(first.pending.recipients))
+        if any(lane.out for lane in self._lanes.values()):
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), patience)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def kick(self, sink: str | None = None) -> None:
+        """Rows were changed by hand: look again, try a sink that is down or paused at once."""
+        for name, lane in self._lanes.items():
+            if sink is None or name == sink:
+                lane.paused = False
+                lane.next_probe = 0.0
+                lane.probe_delay = PROBE_FIRST
+                lane.earliest = 0.0
+                self._pump(lane)
+
+    def health(self) -> dict[str, str]:
+        """``"up"``, ``"down"`` or ``"paused"`` by sink."""
+        return {name: "paused" if lane.paused else "down" if lane.down else "up" for name, lane in self._lanes.items()}
+
+    def out(self) -> dict[str, int]:
+        """Deliveries out now by sink."""
+        return {name: lane.out for name, lane in self._lanes.items()}
+
+    # ----------------------------------------------------------- first tries
+
+    def patience(self, sink: str) -> float:
+        """Seconds that a first try of this sink is worth waiting for before the message joins a
+        commit group: ``hold``, or 0 where the sink is usually slower (DESIGN §4)."""
+        lane = self._lanes[sink]
+        return 0.0 if lane.latency > self.hold else self.hold
+
+    def first_try(self, message: Message, pending: Pending, ticket: Waiting, *, wait: bool = False) -> bool:
+        """Try at once, if the lane has room: True, and ``ticket.settled`` is called once (maybe
+        before this returns). With ``wait`` the client waits for the sink's own word: the try
+        starts even where the sink is thought down, and waits for a place."""
+        lane = self._lanes.get(pending.sink)
+        if lane is None or self._closing:
+            return False
+        if wait:
+            if lane.out < lane.settings.concurrency:
+                self._start(lane, message, pending, ticket)
+            else:
+                lane.waiting.append(_First(message, pending, ticket))
+            return True
+        if lane.ready or lane.waiting or message.not_before > self.clock() or not lane.free(self._loop.time()):
+            return False
+        if lane.earliest <= self.clock():
+            return False  # a backlog is due: it goes first
+        self._start(lane, message, pending, ticket)
+        return True
+
+    def withdraw(self, pending: Pending) -> bool:
+        """Take back a first try that still waits for its place; False if it is out already."""
+        lane = self._lanes.get(pending.sink)
+        if lane is not None:
+            for first in lane.waiting:
+                if first.pending is pending:
+                    lane.waiting.remove(first)
+                    return True
+        return False
+
+    def adopt(self, pending: Pending) -> None:
+        """A row was stored (``key`` is set) and no try of it is out: schedule it."""
+        lane = self._lanes.get(pending.sink)
+        if lane is not None and pending.state == "queued":
+            self._expect(lane, pending.due)
+
+    def resume(self, pending: Pending) -> None:
+        """A row was stored while its first try is out: its outcome will be marked."""
+        lane = self._lanes.get(pending.sink)
+        if lane is not None:
+            lane.busy.add(pending.key)
+
+    # ------------------------------------------------------------- decisions
+
+    def judge(self, message: Message, pending: Pending, outcomes: Sequence[Outcome], now: float) -> tuple[list[Pending], list[Row]]:
+        """What follows from one try: changes ``pending`` to what is still owed (no recipients:
+        nothing) and gives back dead letters to keep and notifications to send."""
+        recipients = message.envelope.recipients
+        expired = now >= pending.expires_at
+        again: list[int] = []
+        lost: list[tuple[int, Outcome]] = []
+        relayed: list[tuple[Recipient, Outcome]] = []
+        delay = 0.0
+        down = False
+        for index, outcome in zip(pending.recipients, outcomes, strict=True):
+            if outcome.state == "delivered":
+                if self._notice(message, recipients[index], outcome):
+                    relayed.append((recipients[index], outcome))
+            elif outcome.state == "failed":
+                lost.append((index, outcome))
+            elif expired:
+                lost.append((index, Outcome("failed", EXPIRED, outcome.remote)))
+                pending.note = f"{EXPIRED.text}; last: {outcome.reply}"
+            else:
+                again.append(index)
+                pending.note = str(outcome.reply)
+                down = down or outcome.down
+                delay = max(delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
+        pending.attempts += 1
+        splits, follow = self._give_up(message, pending, lost, now)
+        if relayed:
+            follow.append(self._report("relayed", message, relayed, now))
+        if len(again) < len(pending.recipients):
+            pending.recipients = tuple(again)
+            pending.part += 1
+        if again:
+            own = self._retry[min(pending.attempts, len(self._retry)) - 1]
+            pending.due = min(now + max(delay, own * self._random.uniform(0.9, 1.1)), max(pending.expires_at, now + 1.0))
+            pending.down = down
+        return splits, follow
+
+    def _notice(self, message: Message, recipient: Recipient, outcome: Outcome) -> bool:
+        """Do we owe the sender word of this success (RFC 3461 §4.1, NOTIFY=SUCCESS)?"""
+        return (
+            bool(recipient.params)
+            and not outcome.notifies
+            and bool(message.envelope.mail_from)
+            and self._bounces in self._lanes
+            and bounce.wants(recipient, "relayed")
+        )
+
+    def _give_up(
+        self, message: Message, pending: Pending, lost: Sequence[tuple[int, Outcome]], now: float
+    ) -> tuple[list[Pending], list[Row]]:
+        """Bounce, or keep as a dead letter, or be silent where NOTIFY=NEVER asked for it."""
+        if not lost:
+            return [], []
+        recipients = message.envelope.recipients
+        lane = self._lanes.get(pending.sink)
+        bounces = lane is not None and lane.settings.on_failure == "bounce" and self._bounces in self._lanes
+        # RFC 5321 §4.5.5: the null reverse-path gets no notification, ever.
+        if bounces and message.envelope.mail_from:
+            told = [(recipients[index], outcome) for index, outcome in lost if bounce.wants(recipients[index], "failed")]
+            if not told:
+                return [], []
+            return [], [self._report("failed", message, told, now)]
+        reason = str(lost[0][1].reply)
+        self._observer.event("dead", id=message.id, sink=pending.sink, recipients=len(lost), reason=reason)
+        dead = Pending(
+            message_id=message.id,
+            sink=pending.sink,
+            recipients=tuple(index for index, _outcome in lost),
+            due=now,
+            expires_at=pending.expires_at,
+            part=pending.part,
+            attempts=pending.attempts,
+            priority=pending.priority,
+            state="dead",
+            note=reason,
+            message_key=pending.message_key,
+        )
+        return [dead], []
+
+    def _report(self, kind: Literal["failed", "relayed"], message: Message, told: Sequence[tuple[Recipient, Outcome]], now: float) -> Row:
+        id = self._new_id(now)
+        octets = bounce.report(
+            kind,
+            message,
+            [(recipient, outcome.reply, outcome.remote) for recipient, outcome in told],
+            reporting_mta=self._hostname,
+            date=date_header(now),
+            arrival_date=date_header(message.received_at),
+            message_id=f"{id}@{self._hostname}",
+        )
+        to = message.envelope.mail_from
+        local, _, domain = to.rpartition("@")
+        params: Params = {"SMTPUTF8": None} if message.envelope.utf8 else {}
+        envelope = Envelope("", params, [Recipient(to, local, domain.lower(), {"NOTIFY": "NEVER"})])
+        report = Message(
+            id=id,
+            envelope=envelope,
+            stored=Content(octets, eight_bit=not octets.isascii(), header_size=octets.find(b"\r\n\r\n") + 2),
+            client=Client(ip=None, helo=self._hostname, protocol="LOCAL"),
+            received_at=now,
+            expires_at=now + self.expire,
+        )
+        self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=to, recipients=len(told))
+        assert self._bounces is not None
+        return Row(report, [Pending(id, self._bounces, (0,), now, now + self.expire)])
+
+    def follow_up(self, rows: Sequence[Row]) -> None:
+        """New messages of ours (bounces) were stored: schedule them."""
+        for row in rows:
+            for pending in row.pendings:
+                self.adopt(pending)
+
+    # ----------------------------------------------------------------- tries
+
+    def _start(self, lane: Lane, message: Message, pending: Pending, ticket: Waiting | None) -> None:
+        lane.out += 1
+        recipients = message.envelope.recipients
+        chosen = recipients if len(pending.recipients) == len(recipients) else [recipients[index] for index in pending.recipients]
+        delivery = Delivery(
+            pending.delivery_id,
+            message,
+            chosen,
+            pending.sink,
+            pending.attempts + 1,
+            partial(self._settled, lane, pending, ticket, self._loop.time()),
+        )
+        self._observer.event("attempted", id=message.id, delivery=delivery.id, sink=pending.sink, attempt=delivery.attempt)
+        lane.sink.start(delivery)
+
+    def _settled(
+        self, lane: Lane, pending: Pending, ticket: Waiting | None, started: float, delivery: Delivery, outcomes: Sequence[Outcome]
+    ) -> None:
+        now = self._loop.time()
+        lane.out -= 1
+        seconds = now - started
+        lane.latency += (seconds - lane.latency) * 0.2
+        self._tell(delivery, outcomes, seconds)
+        self._weigh(lane, outcomes, started, now)
+        if ticket is not None:
+            ticket.settled(pending, outcomes)
+        else:
+            self.conclude(delivery.message, pending, outcomes)
+        if self._closing:
+            if not any(other.out for other in self._lanes.values()):
+                self._idle.set()
+        elif lane.waiting or lane.ready or lane.earliest != float("inf"):
+            self._pump(lane)
+
+    def conclude(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> None:
+        """A try of a stored row ended: mark what became of it."""
+        lane = self._lanes.get(pending.sink)
+        splits, follow = self.judge(message, pending, outcomes, self.clock())
+        self._spool.mark(Mark(pending, splits, follow, partial(self._marked, lane, pending, follow)))
+
+    def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row]) -> None:
+        if lane is not None:
+            lane.busy.discard(pending.key)
+            if pending.recipients and pending.state == "queued":
+                self._expect(lane, pending.due)
+        self.follow_up(follow)
+
+    def _tell(self, delivery: Delivery, outcomes: Sequence[Outcome], seconds: float) -> None:
+        first = outcomes[0]
+        if all(outcome is first for outcome in outcomes):
+            groups = [(first, len(outcomes))]
+        else:
+            groups = []
+            for outcome in outcomes:
+                for place, (known, count) in enumerate(groups):
+                    if known.state == outcome.state and known.reply == outcome.reply:
+                        groups[place] = (known, count + 1)
+                        break
+                else:
+                    groups.append((outcome, 1))
+        for outcome, count in groups:
+            self._observer.event(
+                outcome.state,
+                id=delivery.message.id,
+                delivery=delivery.id,
+                sink=delivery.sink,
+                recipients=count,
+                remote=outcome.remote,
+                reply=str(outcome.reply),
+                attempt=delivery.attempt,
+                seconds=seconds,
+            )
+
+    def _weigh(self, lane: Lane, outcomes: Sequence[Outcome], started: float, now: float) -> None:
+        """What the outcomes say about the sink as a whole."""
+        for outcome in outcomes:
+            if not outcome.down and not outcome.pause:
+                lane.succeeded = now
+                if lane.down or lane.paused:
+                    self._up(lane)
+                return
+        outcome = outcomes[0]
+        if outcome.pause and not lane.paused:
+            lane.paused = True
+            self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
+        # One message that a healthy sink chokes on must not stop the others: a success that
+        # came after this try began says that the sink is up.
+        if lane.down or lane.succeeded <= started:
+            if not lane.down:
+                lane.down = True
+                lane.probe_delay = PROBE_FIRST
+                self._observer.event("sink_down", sink=lane.sink.name, reason=str(outcome.reply))
+            wait = max(lane.probe_delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
+            lane.next_probe = max(lane.next_probe, now + wait * self._random.uniform(0.9, 1.1))
+            lane.probe_delay = min(lane.probe_delay * 2, PROBE_LAST)
+            self._arm(lane)
+
+    def _up(self, lane: Lane) -> None:
+        lane.down = lane.paused = False
+        lane.probe_delay = PROBE_FIRST
+        lane.next_probe = 0.0
+        self._observer.event("sink_up", sink=lane.sink.name)
+        if not self._closing:
+            self._spawn(self._wake(lane))
+
+    async def _wake(self, lane: Lane) -> None:
+        if await self._spool.wake(lane.sink.name, self.clock()):
+            self._expect(lane, self.clock())
+
+    # ------------------------------------------------------------- scheduling
+
+    def _expect(self, lane: Lane, due: float) -> None:
+        """A row outside ``busy`` is due at ``due``."""
+        if due < lane.earliest:
+            lane.earliest = due
+            if due <= self.clock():
+                self._pump(lane)
+            else:
+                self._arm(lane)
+
+    def _arm(self, lane: Lane) -> None:
+        """Wake the lane when something can happen next. Where only an outcome can make room,
+        nothing is armed: the outcome pumps."""
+        if self._closing or lane.paused or lane.out >= (1 if lane.down else lane.settings.concurrency):
+            return
+        now = self._loop.time()
+        if lane.down:
+            wait = lane.next_probe - now
+        elif lane.earliest == float("inf"):
+            return
+        else:
+            wait = lane.earliest - self.clock()
+        at = now + min(max(wait, 0.01), LONGEST_SLEEP)
+        if lane.timer is not None:
+            if now < lane.timer.when() <= at + 0.01:
+                return
+            lane.timer.cancel()
+        lane.timer = self._loop.call_at(at, self._pump, lane)
+
+    def _pump(self, lane: Lane) -> None:
+        """Start what can start; ask the spool for more where there is room."""
+        if self._closing:
+            return
+        while lane.waiting and lane.out < lane.settings.concurrency:
+            first = lane.waiting.popleft()
+            self._start(lane, first.message, first.pending, first.ticket)
+        while lane.ready and lane.free(self._loop.time()):
+            lane.out += 1  # the place is taken while the message is loaded
+            self._spawn(self._carry(lane, lane.ready.popleft()))
+        if lane.ready or lane.refilling:
+            return
+        if lane.free(self._loop.time()) and (lane.down or lane.earliest <= self.clock()):
+            lane.refilling = True
+            self._spawn(self._refill(lane))
+        else:
+            self._arm(lane)
+
+    async def _refill(self, lane: Lane) -> None:
+        try:
+            now = self.clock()
+            name = lane.sink.name
+            lane.earliest = float("inf")
+            # A probe takes the row that is due next, whenever that is.
+            before = float("inf") if lane.down else now
+            wanted = 1 if lane.down else lane.settings.concurrency + WINDOW
+            found = await self._spool.due(name, before, wanted + len(lane.busy))
+            fresh = [pending for pending in found if pending.key not in lane.busy][:wanted]
+            for pending in fresh:
+                lane.busy.add(pending.key)
+                lane.ready.append(pending)
+            if len(fresh) == wanted:
+                lane.earliest = min(lane.earliest, now)
+            elif not lane.down:
+                later = await self._spool.next_due(name, now)
+                if later is not None:
+                    lane.earliest = min(lane.earliest, later)
+            elif not fresh:
+                # Nothing waits: the next new message is the probe.
+                return
+        finally:
+            lane.refilling = False
+        self._pump(lane)
+
+    async def _carry(self, lane: Lane, pending: Pending) -> None:
+        message = None
+        try:
+            message = await self._spool.load(pending)
+        finally:
+            lane.out -= 1
+            if message is None:
+                lane.busy.discard(pending.key)
+        if message is None:
+            self._pump(lane)
+            return
+        if self._closing:
+            return
+        now = self.clock()
+        if now >= pending.expires_at and pending.attempts:
+            self._expire(message, pending)
+            self._pump(lane)
+            return
+        self._start(lane, message, pending, None)
+
+    def _expire(self, message: Message, pending: Pending) -> None:
+        reason = f"{EXPIRED.text}; last: {pending.note}" if pending.note else EXPIRED.text
+        outcome = Outcome("failed", Reply(EXPIRED.code, EXPIRED.enhanced, reason[:900]))
+        self._observer.event(
+            "failed",
+            id=message.id,
+            delivery=pending.delivery_id,
+            sink=pending.sink,
+            recipients=len(pending.recipients),
+            remote="",
+            reply=str(outcome.reply),
+            attempt=pending.attempts,
+            seconds=0.0,
+        )
+        self.conclude(message, pending, [outcome] * len(pending.recipients))
+
+    def _sweep(self) -> None:
+        """Lanes that do not try still give up in time."""
+        self._sweeper = self._loop.call_later(EXPIRY_SWEEP, self._sweep)
+        for lane in self._lanes.values():
+            if lane.down or lane.paused:
+                self._spawn(self._expire_waiting(lane))
+
+    async def _expire_waiting(self, lane: Lane) -> None:
+        now = self.clock()
+        for pending in await self._spool.due(lane.sink.name, now, 1000):
+            if pending.expires_at > now or pending.key in lane.busy:
+                continue
+            lane.busy.add(pending.key)
+            message = await self._spool.load(pending)
+            if message is None:
+                lane.busy.discard(pending.key)
+            else:
+                self._expire(message, pending)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._loop.call_exception_handler({"message": "queue task failed", "exception": error, "task": task})
