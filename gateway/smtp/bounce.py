@@ -20,12 +20,11 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from email.utils import format_datetime
 from typing import Literal
 
 from ..message import Envelope, Message, Params, Recipient
 from ..reply import Reply
+from .trace import date_header
 
 #: ``failed``: it will not arrive (refused, or tried until it expired). ``delayed``: it did not
 #: arrive yet. ``relayed``: a next hop took it that sends no reports itself. ``delivered``: it
@@ -92,8 +91,8 @@ def report(
     """One report to the sender of ``message`` on these recipients.
 
     ``results`` holds only recipients for whom ``wants`` said yes. A ``failed`` one with a
-    4yz reply is told as expired (status 4.4.7). ``now``: Unix seconds. ``message_id``: id of
-    the report, the left side of its Message-ID. ``excerpt``: the first ``excerpt_size`` octets
+    4yz reply is told as expired (status 4.4.7). ``now``: Unix seconds. ``message_id``: of the
+    report, without the brackets (``id@host``). ``excerpt``: the first ``excerpt_size`` octets
     of the content; None takes them from a content in memory, and leaves the original out
     for one in a file. Raises ValueError for the null sender and for no results.
 
@@ -107,14 +106,14 @@ def report(
         excerpt = message.content[: excerpt_size(message, kind)]
     # Only a sender with a UTF-8 address is known to read mail with UTF-8 in its header.
     international = not sender.isascii()
-    date = _date(now)
+    date = date_header(now)
     parts = [
         _for_people(kind, message, results, reporting_mta),
         _for_programs(kind, message, results, reporting_mta, now, international),
     ]
     if excerpt is not None:
         parts.append(_original(kind, message, excerpt, international))
-    boundary = f"report-{message_id}".encode()
+    boundary = b"report-" + re.sub(rb"[^A-Za-z0-9-]", b"", message_id.partition("@")[0].encode())[:40]
     while any(boundary in part for part in parts):
         boundary += b"_"
     found = _MESSAGE_ID.search(excerpt or b"")
@@ -123,7 +122,7 @@ def report(
         f"From: Mail Delivery System <MAILER-DAEMON@{reporting_mta}>\r\n"
         f"To: <{_line(sender)}>\r\n"
         f"Subject: {_SUBJECT[kind]}\r\n"
-        f"Message-ID: <{message_id}@{reporting_mta}>\r\n"
+        f"Message-ID: <{message_id}>\r\n"
         + (f"References: {found.group(1).decode('ascii')}\r\n" if found else "")
         + "Auto-Submitted: auto-replied\r\n"
         "MIME-Version: 1.0\r\n"
@@ -152,7 +151,7 @@ def envelope(message: Message, octets: bytes) -> Envelope:
 def _for_people(kind: Kind, message: Message, results: Sequence[Result], reporting_mta: str) -> bytes:
     lines = [f"This is the mail system at {reporting_mta}.", "", _OPENING[kind], ""]
     if kind == "delayed" and message.expires_at:
-        lines += [f"It will be given up on {_date(message.expires_at)}.", ""]
+        lines += [f"It will be given up on {date_header(message.expires_at)}.", ""]
     for recipient, reply, remote in results:
         lines.append(f"<{_line(recipient.address)}>")
         if kind == "failed" and not reply.permanent:
@@ -172,7 +171,7 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
     envid = message.envelope.mail_params.get("ENVID")
     if envid:
         groups[0].append(f"Original-Envelope-Id: {_ascii(_from_xtext(envid))}")
-    groups[0].append(f"Arrival-Date: {_date(message.received_at)}")
+    groups[0].append(f"Arrival-Date: {date_header(message.received_at)}")
     for recipient, reply, remote in results:
         fields = []
         original = recipient.params.get("ORCPT")
@@ -189,9 +188,9 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
             text = _line(str(reply)) if international else _ascii(str(reply))
             fields.append("\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {text}", 900)))
         if kind in ("failed", "delayed"):
-            fields.append(f"Last-Attempt-Date: {_date(now)}")
+            fields.append(f"Last-Attempt-Date: {date_header(now)}")
         if kind == "delayed" and message.expires_at:
-            fields.append(f"Will-Retry-Until: {_date(message.expires_at)}")
+            fields.append(f"Will-Retry-Until: {date_header(message.expires_at)}")
         groups.append(fields)
     text = "\r\n".join("".join(f"{field}\r\n" for field in fields) for fields in groups)
     if text.isascii():
@@ -311,7 +310,3 @@ def _is_utf8(octets: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _date(seconds: float) -> str:
-    return format_datetime(datetime.fromtimestamp(int(seconds), UTC))
