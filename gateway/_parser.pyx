@@ -1,0 +1,1132 @@
+# cython: auto_pickle=False, cdivision=True, embedsignature=False, emit_code_comments=False
+"""The bytes: wire octets to commands, lines, content and replies, and back.
+
+Owns every loop over octets. Knows no reply text, no order of commands, no I/O.
+No state outside the objects. What each name promises stands in ``_parser.pyi``;
+here stands how. RFC 5321 §4.1 (grammar), §4.5.2 (transparency), RFC 2920
+(pipelining), RFC 3030 (BDAT), RFC 6531 (UTF-8 addresses).
+
+Invariants: nothing depends on how the input was cut; what is held is one read and
+a bounded rest; a line or content with a fault hands out none of its octets.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_Substring
+from libc.string cimport memchr, memcpy
+
+cdef extern from "Python.h":
+    object PyUnicode_New(Py_ssize_t size, Py_UCS4 maxchar)
+    void* PyUnicode_DATA(object text)
+    int _PyBytes_Resize(PyObject** octets, Py_ssize_t size) except -1
+
+ctypedef const unsigned char* octets_t
+
+LINE_LIMIT = 2048
+FLOOD_LIMIT = 65536
+
+cdef enum:
+    FLOOD = 65536
+    LABEL_OCTETS = 63
+    DOMAIN_OCTETS = 255
+    PATH_OCTETS = 256
+    VERB_CHARACTERS = 64
+
+
+# --- classes of octets ------------------------------------------------------------------
+
+cdef enum:
+    ATEXT = 1      # RFC 5321 §4.1.2, RFC 6531 §3.3: an octet over 127 is part of a valid UTF-8 sequence
+    LET_DIG = 2
+    KEYWORD = 4    # ALPHA / DIGIT / "-", ASCII only
+    QTEXT = 8
+    DCONTENT = 16
+    VALUE = 32     # of a parameter
+    CONTROL = 64
+
+cdef unsigned char CLASS[256]
+cdef unsigned char LOWER[256]
+
+
+cdef void fill_tables() noexcept:
+    cdef int c
+    cdef unsigned char bits
+    cdef bytes symbols = b"!#$%&'*+-/=?^_`{|}~"
+    for c in range(256):
+        bits = 0
+        alnum = 48 <= c <= 57 or 65 <= c <= 90 or 97 <= c <= 122
+        if alnum or c > 127 or c in symbols:
+            bits |= ATEXT
+        if alnum or c > 127:
+            bits |= LET_DIG
+        if alnum or c == c"-":
+            bits |= KEYWORD
+        if 32 <= c <= 126 and c != c'"' and c != c"\\" or c > 127:
+            bits |= QTEXT
+        if 33 <= c <= 90 or 94 <= c <= 126:
+            bits |= DCONTENT
+        if c > 32 and c != 127 and c != c"=":
+            bits |= VALUE
+        if c < 32 or c == 127:
+            bits |= CONTROL
+        CLASS[c] = bits
+        LOWER[c] = c + 32 if 65 <= c <= 90 else c
+
+
+fill_tables()
+
+
+# --- small pieces -----------------------------------------------------------------------
+
+cdef inline str ascii_text(octets_t p, Py_ssize_t n):
+    cdef object text
+    if n == 0:
+        return ""
+    text = PyUnicode_New(n, 127)
+    memcpy(PyUnicode_DATA(text), p, n)
+    return <str>text
+
+
+cdef inline str lower_text(octets_t p, Py_ssize_t n, bint ascii):
+    cdef object text
+    cdef unsigned char* q
+    cdef Py_ssize_t i
+    if n == 0:
+        return ""
+    if not ascii:
+        return (<str>PyUnicode_DecodeUTF8(<const char*>p, n, NULL)).lower()
+    text = PyUnicode_New(n, 127)
+    q = <unsigned char*>PyUnicode_DATA(text)
+    for i in range(n):
+        q[i] = LOWER[p[i]]
+    return <str>text
+
+
+cdef inline str any_text(octets_t p, Py_ssize_t n, bint ascii):
+    return ascii_text(p, n) if ascii else <str>PyUnicode_DecodeUTF8(<const char*>p, n, NULL)
+
+
+cdef inline bint same_word(octets_t p, const char* word, Py_ssize_t n) noexcept nogil:
+    """``word`` in upper case, at ``p`` in any case. Letters only: bit 5 is what tells the cases apart."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        if (p[i] & 0xDF) != <unsigned char>word[i]:
+            return False
+    return True
+
+
+cdef inline Py_ssize_t line_text(octets_t p, Py_ssize_t n, bint* high) noexcept nogil:
+    """Octets before the first control character; ``high`` is set where one of them is over 127."""
+    cdef Py_ssize_t i = 0
+    cdef unsigned char seen = 0
+    while i < n and not CLASS[p[i]] & CONTROL:
+        seen |= p[i]
+        i += 1
+    high[0] = seen > 127
+    return i
+
+
+# --- addresses (RFC 5321 §4.1.2, RFC 6531 §3.3) --------------------------------------------
+
+cdef octets_t read_domain(octets_t p, octets_t e) noexcept nogil:
+    """The end of the Domain at ``p``, or NULL."""
+    cdef octets_t start = p
+    cdef octets_t label
+    while True:
+        label = p
+        if p == e or not CLASS[p[0]] & LET_DIG:
+            return NULL
+        while p < e and (CLASS[p[0]] & LET_DIG or p[0] == c"-"):
+            p += 1
+        if (p - 1)[0] == c"-" or p - label > LABEL_OCTETS:
+            return NULL
+        if p == e or p[0] != c".":
+            return p if p - start <= DOMAIN_OCTETS else NULL
+        p += 1
+
+
+cdef octets_t read_ipv4(octets_t p, octets_t e) noexcept nogil:
+    """The end of a dotted quad, or NULL. No leading zeros: some read them as octal."""
+    cdef int part, value
+    cdef octets_t start
+    for part in range(4):
+        if part:
+            if p == e or p[0] != c".":
+                return NULL
+            p += 1
+        start = p
+        value = 0
+        while p < e and c"0" <= p[0] <= c"9":
+            value = value * 10 + p[0] - c"0"
+            p += 1
+            if value > 255 or p - start > 3:
+                return NULL
+        if p == start or (p - start > 1 and start[0] == c"0"):
+            return NULL
+    return p
+
+
+cdef bint is_ipv6(octets_t p, octets_t e) noexcept nogil:
+    cdef int groups = 0
+    cdef bint gap = False
+    cdef octets_t start
+    if e - p >= 2 and p[0] == c":" and p[1] == c":":
+        gap = True
+        p += 2
+        if p == e:
+            return True
+    while True:
+        start = p
+        while p < e and p - start < 5 and (c"0" <= p[0] <= c"9" or c"a" <= (p[0] | 32) <= c"f"):
+            p += 1
+        if p == start or p - start > 4:
+            return False
+        if p < e and p[0] == c".":
+            if read_ipv4(start, e) != e:
+                return False
+            groups += 2
+            break
+        groups += 1
+        if p == e:
+            break
+        if p[0] != c":":
+            return False
+        p += 1
+        if p < e and p[0] == c":":
+            if gap:
+                return False
+            gap = True
+            p += 1
+            if p == e:
+                break
+        elif p == e:
+            return False
+    return groups <= 7 if gap else groups == 8
+
+
+cdef octets_t read_literal(octets_t p, octets_t e) noexcept nogil:
+    """The end of the address literal at ``p`` (which is ``[``), or NULL."""
+    cdef octets_t start = p + 1
+    cdef octets_t close = <octets_t>memchr(start, c"]", e - start)
+    cdef octets_t tag
+    if close == NULL or close + 1 - p > DOMAIN_OCTETS:
+        return NULL
+    p = start
+    while p < close and CLASS[p[0]] & KEYWORD:
+        p += 1
+    if p < close and p[0] == c":":
+        tag = p
+        if tag == start or (tag - 1)[0] == c"-":
+            return NULL
+        if tag - start == 4 and same_word(start, b"IPV", 3) and start[3] == c"6":
+            return close + 1 if is_ipv6(tag + 1, close) else NULL
+        p += 1
+        if p == close:
+            return NULL
+        while p < close:
+            if not CLASS[p[0]] & DCONTENT:
+                return NULL
+            p += 1
+        return close + 1
+    return close + 1 if read_ipv4(start, close) == close else NULL
+
+
+cdef octets_t read_local(octets_t p, octets_t e) noexcept nogil:
+    """The end of the Local-part at ``p``, or NULL."""
+    cdef octets_t start
+    if p < e and p[0] == c'"':
+        p += 1
+        while p < e:
+            if p[0] == c'"':
+                return p + 1
+            if p[0] == c"\\":
+                p += 1
+                if p == e or not 32 <= p[0] <= 126:
+                    return NULL
+            elif not CLASS[p[0]] & QTEXT:
+                return NULL
+            p += 1
+        return NULL
+    while True:
+        start = p
+        while p < e and CLASS[p[0]] & ATEXT:
+            p += 1
+        if p == start:
+            return NULL
+        if p == e or p[0] != c".":
+            return p
+        p += 1
+
+
+cdef octets_t read_mailbox(octets_t p, octets_t e, octets_t* at) noexcept nogil:
+    """The end of the Mailbox at ``p``, or NULL; ``at`` is where its ``@`` is."""
+    p = read_local(p, e)
+    if p == NULL or p == e or p[0] != c"@":
+        return NULL
+    at[0] = p
+    p += 1
+    if p < e and p[0] == c"[":
+        return read_literal(p, e)
+    return read_domain(p, e)
+
+
+cdef octets_t read_route(octets_t p, octets_t e) noexcept nogil:
+    """The end of the source route at ``p`` (which is ``@``), or NULL."""
+    while p < e and p[0] == c"@":
+        p = read_domain(p + 1, e)
+        if p == NULL or p == e:
+            return NULL
+        if p[0] == c":":
+            return p + 1
+        if p[0] != c",":
+            return NULL
+        p += 1
+    return NULL
+
+
+cdef bint has_odd_controls(octets_t p, octets_t e) noexcept nogil:
+    """U+0080–U+009F, U+2028 or U+2029 in valid UTF-8: line ends and controls to those who read text."""
+    while p < e:
+        if p[0] == 0xC2 and p[1] < 0xA0:
+            return True
+        if p[0] == 0xE2 and p[1] == 0x80 and (p[2] == 0xA8 or p[2] == 0xA9):
+            return True
+        p += 1
+    return False
+
+
+def parse_address(text: str) -> tuple[str, str] | None:
+    cdef bytes octets
+    cdef octets_t p, e
+    cdef octets_t at = NULL
+    cdef bint ascii
+    cdef Py_ssize_t n
+    try:
+        octets = text.encode()
+    except UnicodeEncodeError:
+        return None
+    n = PyBytes_GET_SIZE(octets)
+    p = <octets_t>PyBytes_AS_STRING(octets)
+    e = p + n
+    if n + 2 > PATH_OCTETS or read_mailbox(p, e, &at) != e:
+        return None
+    ascii = n == len(text)
+    if not ascii and has_odd_controls(p, e):
+        return None
+    return any_text(p, at - p, ascii), lower_text(at + 1, e - at - 1, ascii)
+
+
+# --- commands -----------------------------------------------------------------------------
+
+@cython.final
+@cython.no_gc
+@cython.freelist(64)
+cdef class Command:
+    cdef readonly str verb
+    cdef readonly str fault
+    cdef readonly str argument
+    cdef readonly bint source_routed
+    cdef readonly bint ascii
+    cdef readonly bint last
+    cdef readonly long long chunk_size
+    cdef str _address
+    cdef str _local
+    cdef str _domain
+    cdef dict _params
+
+    def __init__(self):
+        raise TypeError("a Command is made by Receiver.command")
+
+    @property
+    def address(self):
+        return self._address
+
+    @property
+    def local(self):
+        return self._local
+
+    @property
+    def domain(self):
+        return self._domain
+
+    @property
+    def params(self):
+        if self._params is None:
+            self._params = {}
+        return self._params
+
+
+cdef inline Command new_command(str verb, str fault):
+    cdef Command command = Command.__new__(Command)
+    command.verb = verb
+    command.fault = fault
+    command.argument = ""
+    command._local = ""
+    command._domain = ""
+    return command
+
+
+cdef str known_verb(octets_t p, Py_ssize_t n):
+    """The verb as one shared string, or None."""
+    if n == 4:
+        if same_word(p, b"RCPT", 4):
+            return "RCPT"
+        if same_word(p, b"MAIL", 4):
+            return "MAIL"
+        if same_word(p, b"DATA", 4):
+            return "DATA"
+        if same_word(p, b"BDAT", 4):
+            return "BDAT"
+        if same_word(p, b"QUIT", 4):
+            return "QUIT"
+        if same_word(p, b"EHLO", 4):
+            return "EHLO"
+        if same_word(p, b"RSET", 4):
+            return "RSET"
+        if same_word(p, b"NOOP", 4):
+            return "NOOP"
+        if same_word(p, b"HELO", 4):
+            return "HELO"
+        if same_word(p, b"LHLO", 4):
+            return "LHLO"
+        if same_word(p, b"AUTH", 4):
+            return "AUTH"
+        if same_word(p, b"HELP", 4):
+            return "HELP"
+        if same_word(p, b"VRFY", 4):
+            return "VRFY"
+        if same_word(p, b"EXPN", 4):
+            return "EXPN"
+    elif n == 8 and same_word(p, b"STARTTLS", 8):
+        return "STARTTLS"
+    return None
+
+
+cdef str read_params(Command command, octets_t p, octets_t e):
+    """Reads what follows a path; gives back a fault or None."""
+    cdef octets_t start
+    cdef Py_ssize_t n
+    cdef str keyword, value
+    cdef dict params = {}
+    while True:
+        if p == e:
+            command._params = params
+            return None
+        while p < e and p[0] == c" ":
+            p += 1
+        start = p
+        if p == e or not CLASS[p[0]] & KEYWORD or p[0] == c"-":
+            return "parameter"
+        while p < e and CLASS[p[0]] & KEYWORD:
+            p += 1
+        n = p - start
+        if n == 4 and same_word(start, b"SIZE", 4):
+            keyword = "SIZE"
+        elif n == 4 and same_word(start, b"BODY", 4):
+            keyword = "BODY"
+        else:
+            keyword = ascii_text(start, n).upper()
+        value = None
+        if p < e and p[0] == c"=":
+            p += 1
+            start = p
+            while p < e and CLASS[p[0]] & VALUE:
+                p += 1
+            if p == start:
+                return "parameter"
+            value = any_text(start, p - start, command.ascii)
+        if p < e and p[0] != c" ":
+            return "parameter"
+        if keyword in params:
+            return "duplicate"
+        params[keyword] = value
+
+
+cdef str read_path(Command command, octets_t p, octets_t e, bint forward):
+    """Reads the argument of MAIL or RCPT; gives back a fault or None."""
+    cdef octets_t open, start, end
+    cdef octets_t at = NULL
+    cdef str fault
+    if forward:
+        if e - p < 3 or not same_word(p, b"TO", 2) or p[2] != c":":
+            return "syntax"
+        p += 3
+    else:
+        if e - p < 5 or not same_word(p, b"FROM", 4) or p[4] != c":":
+            return "syntax"
+        p += 5
+    if p < e and p[0] == c" ":
+        p += 1
+    if p == e or p[0] != c"<":
+        return "syntax"
+    open = p
+    p += 1
+    start = p
+    if not forward and p < e and p[0] == c">":
+        end = p
+        command._address = ""
+    elif forward and e - p >= 11 and p[10] == c">" and same_word(p, b"POSTMASTER", 10):
+        end = p + 10
+        command._address = ascii_text(p, 10)
+        command._local = "postmaster"
+    else:
+        if p < e and p[0] == c"@":
+            start = read_route(p, e)
+            if start == NULL:
+                return "path"
+        end = read_mailbox(start, e, &at)
+        if end == NULL or end == e or end[0] != c">" or end + 1 - open > PATH_OCTETS:
+            return "path"
+        if not command.ascii and has_odd_controls(open, end):
+            return "path"
+        command.source_routed = start != open + 1
+        command._address = any_text(start, end - start, command.ascii)
+        command._local = any_text(start, at - start, command.ascii)
+        command._domain = lower_text(at + 1, end - at - 1, command.ascii)
+    p = end + 1
+    if p == e:
+        return None
+    if p[0] == c" ":
+        return read_params(command, p, e)
+    command._address = None
+    command._local = command._domain = ""
+    command.source_routed = False
+    return "syntax"
+
+
+cdef str read_chunk_size(Command command, octets_t p, octets_t e):
+    """Reads the argument of BDAT; gives back a fault or None."""
+    cdef octets_t start = p
+    cdef unsigned long long size = 0
+    cdef unsigned long long most = 0x7FFFFFFFFFFFFFFF
+    cdef unsigned int digit
+    while p < e and c"0" <= p[0] <= c"9":
+        digit = p[0] - c"0"
+        if size > (most - digit) // 10:
+            return "chunk"
+        size = size * 10 + digit
+        p += 1
+    if p == start:
+        return "chunk"
+    if p < e:
+        if p[0] != c" ":
+            return "chunk"
+        while p < e and p[0] == c" ":
+            p += 1
+        if e - p != 4 or not same_word(p, b"LAST", 4):
+            return "chunk"
+        command.last = True
+    command.chunk_size = <long long>size
+    return None
+
+
+cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
+    """A line of ``n`` octets, free of controls, CRLF cut off."""
+    cdef octets_t e = p + n
+    cdef octets_t q
+    cdef str verb
+    cdef Command command
+    if not ascii:
+        try:
+            PyUnicode_DecodeUTF8(<const char*>p, n, NULL)
+        except UnicodeDecodeError:
+            return new_command("", "utf8")
+    q = <octets_t>memchr(p, c" ", n)
+    if q == NULL:
+        q = e
+    verb = known_verb(p, q - p)
+    if verb is None:
+        verb = any_text(p, q - p, ascii).upper()[:VERB_CHARACTERS]
+    command = new_command(verb, None)
+    command.ascii = ascii
+    while q < e and q[0] == c" ":
+        q += 1
+    while q < e and (e - 1)[0] == c" ":
+        e -= 1
+    command.argument = any_text(q, e - q, ascii)
+    if verb == "RCPT":
+        command.fault = read_path(command, q, e, True)
+    elif verb == "MAIL":
+        command.fault = read_path(command, q, e, False)
+    elif verb == "BDAT":
+        command.fault = read_chunk_size(command, q, e)
+    elif verb in ("DATA", "RSET", "QUIT", "STARTTLS"):
+        if q < e:
+            command.fault = "syntax"
+    elif verb in ("EHLO", "HELO", "LHLO"):
+        if q == e or memchr(q, c" ", e - q) != NULL:
+            command.fault = "syntax"
+    elif verb == "AUTH":
+        if not 1 <= len(command.argument.split()) <= 2:
+            command.fault = "syntax"
+    elif verb == "VRFY" and q == e:
+        command.fault = "syntax"
+    return command
+
+
+# --- content ------------------------------------------------------------------------------
+
+cdef enum Place:
+    MIDDLE           # inside a line
+    START            # after CRLF, or nothing came yet
+    DOT              # START and a dot, which is held back
+    DOT_CR           # START, a dot and CR, both held back
+    BARE_START       # the same after a bare LF that is read as CRLF
+    BARE_DOT
+    BARE_DOT_CR
+
+cdef enum:
+    FAULT_NEWLINE = 1
+    FAULT_NUL = 2
+
+cdef struct Walk:
+    Place place
+    bint cr            # the last octet was a CR that waits for its LF
+    bint normalize
+    bint finished
+    bint high
+    int fault
+    Py_ssize_t line    # octets of the line so far, with a CR that waits
+    Py_ssize_t longest
+    long long size
+
+
+cdef inline void end_line(Walk* w, Py_ssize_t octets, Place place) noexcept nogil:
+    if octets > w.longest:
+        w.longest = octets
+    w.line = 0
+    w.place = place
+
+
+cdef inline unsigned char* give(Walk* w, unsigned char c, unsigned char* out) noexcept nogil:
+    """One octet of content, transparency already taken off."""
+    if w.cr:
+        w.cr = False
+        if c == c"\n":
+            if out != NULL:
+                out[0] = c
+                out += 1
+            w.size += 1
+            end_line(w, w.line - 1, START)
+            return out
+        if not w.fault:
+            w.fault = FAULT_NEWLINE
+    if c == c"\n":
+        if w.normalize:
+            if out != NULL:
+                out[0] = c"\r"
+                out[1] = c"\n"
+                out += 2
+            w.size += 2
+            end_line(w, w.line, BARE_START)
+            return out
+        if not w.fault:
+            w.fault = FAULT_NEWLINE
+    elif c == c"\r":
+        w.cr = True
+    elif c == 0:
+        if not w.fault:
+            w.fault = FAULT_NUL
+    elif c > 127:
+        w.high = True
+    w.place = MIDDLE
+    w.line += 1
+    w.size += 1
+    if out != NULL:
+        out[0] = c
+        out += 1
+    return out
+
+
+cdef unsigned char* step(Walk* w, unsigned char c, unsigned char* out) noexcept nogil:
+    """One octet of DATA (RFC 5321 §4.5.2). At most four octets come out."""
+    if w.place == MIDDLE:
+        return give(w, c, out)
+    if w.place == START or w.place == BARE_START:
+        if c == c".":
+            w.place = DOT if w.place == START else BARE_DOT
+            return out
+        return give(w, c, out)
+    if w.place == DOT or w.place == BARE_DOT:
+        if c == c"\r":
+            w.place = DOT_CR if w.place == DOT else BARE_DOT_CR
+            return out
+        return give(w, c, out)
+    if c == c"\n":
+        if w.place == DOT_CR:
+            w.finished = True
+            return out
+        # A dot alone after a bare LF ends nothing and is no stuffing: it is the line.
+        out = give(w, c".", out)
+    out = give(w, c"\r", out)
+    return give(w, c, out)
+
+
+cdef Py_ssize_t pass_through(Walk* w, octets_t p, Py_ssize_t n, bint dots) noexcept nogil:
+    """Walks over the octets that come out as they are; stops before the first that does not."""
+    cdef Py_ssize_t i
+    cdef unsigned char c
+    for i in range(n):
+        c = p[i]
+        if dots and w.place != MIDDLE and (c == c"." or w.place != START and w.place != BARE_START):
+            return i
+        if c == c"\n" and not w.cr and w.normalize:
+            return i
+        give(w, c, NULL)
+    return n
+
+
+cdef Py_ssize_t rewrite(Walk* w, octets_t p, Py_ssize_t n, bint dots, unsigned char** out) noexcept nogil:
+    """Walks on, writing to ``out`` what comes out; stops behind the end of the content."""
+    cdef Py_ssize_t i
+    cdef unsigned char* q = out[0]
+    for i in range(n):
+        if dots:
+            q = step(w, p[i], q)
+            if w.finished:
+                out[0] = q
+                return i + 1
+        else:
+            q = give(w, p[i], q)
+    out[0] = q
+    return n
+
+
+# --- the header section ---------------------------------------------------------------------
+
+cdef enum:
+    H_START          # at the start of a line
+    H_CR             # a CR is all of the line so far
+    H_NAME           # inside what may become "Received"
+    H_COLON          # behind "Received"
+    H_REST           # anywhere else in a line
+    H_OVER           # the empty line came
+
+cdef struct Header:
+    int place
+    int matched
+    bint cr
+    Py_ssize_t size
+    Py_ssize_t fields
+    Py_ssize_t hops
+
+
+cdef const char* RECEIVED = b"RECEIVED"
+
+
+cdef void count_header(Header* h, octets_t p, Py_ssize_t n) noexcept nogil:
+    cdef octets_t e = p + n
+    cdef octets_t lf
+    cdef unsigned char c
+    while p < e:
+        c = p[0]
+        if h.place == H_START:
+            if c == c"\r":
+                h.place = H_CR
+                p += 1
+                continue
+            h.cr = False
+            if c == c" " or c == c"\t":
+                h.place = H_REST
+            else:
+                h.fields += 1
+                h.place = H_REST
+                if (c & 0xDF) == c"R":
+                    h.place = H_NAME
+                    h.matched = 1
+            h.size += 1
+            p += 1
+        elif h.place == H_CR:
+            if c == c"\n":
+                h.place = H_OVER
+                return
+            h.size += 1
+            h.fields += 1
+            h.cr = True
+            h.place = H_REST
+        elif h.place == H_NAME:
+            if (c & 0xDF) != <unsigned char>RECEIVED[h.matched]:
+                h.place = H_REST
+                continue
+            h.matched += 1
+            if h.matched == 8:
+                h.place = H_COLON
+            h.size += 1
+            p += 1
+        elif h.place == H_COLON:
+            if c != c" " and c != c"\t":
+                if c == c":":
+                    h.hops += 1
+                h.place = H_REST
+                continue
+            h.size += 1
+            p += 1
+        else:
+            lf = <octets_t>memchr(p, c"\n", e - p)
+            if lf == NULL:
+                h.size += e - p
+                h.cr = (e - 1)[0] == c"\r"
+                return
+            h.size += lf + 1 - p
+            if (lf - 1)[0] == c"\r" if lf > p else h.cr:
+                h.place = H_START
+            h.cr = False
+            p = lf + 1
+
+
+# --- the server's side ------------------------------------------------------------------------
+
+@cython.final
+@cython.no_gc
+cdef class Receiver:
+    cdef bytes data           # the read that is being taken apart, or the rest of one
+    cdef Py_ssize_t at        # octets of it already read
+    cdef Py_ssize_t line_limit
+    cdef Py_ssize_t skipped   # octets of an over-long line that are gone
+    cdef bint flooded
+    cdef bint binary
+    cdef Walk walk
+    cdef Header header
+    cdef readonly str line_fault
+    cdef readonly Py_ssize_t taken
+
+    def __init__(self, line_limit: int = LINE_LIMIT, normalize: bool = False):
+        if not 2 <= line_limit <= FLOOD:
+            raise ValueError(f"line_limit {line_limit} is not within 2-{FLOOD}")
+        self.line_limit = line_limit
+        self.walk.normalize = normalize
+        self.begin()
+
+    def feed(self, bytes data not None):
+        if self.flooded or PyBytes_GET_SIZE(data) == 0:
+            return
+        if self.data is None:
+            self.data = data
+            self.at = 0
+        else:
+            self.data = self.data[self.at:] + data if self.at else self.data + data
+            self.at = 0
+
+    @property
+    def pending(self):
+        return 0 if self.data is None else PyBytes_GET_SIZE(self.data) - self.at
+
+    def discard(self):
+        self.data = None
+        self.at = 0
+        self.skipped = 0
+
+    cdef inline void take(self, Py_ssize_t n):
+        """``n`` more octets are read; a read that is used up is let go."""
+        self.at += n
+        if self.at == PyBytes_GET_SIZE(self.data):
+            self.data = None
+            self.at = 0
+
+    def command(self):
+        cdef octets_t p
+        cdef Py_ssize_t n
+        cdef bint high = False
+        cdef str fault
+        cdef Command command
+        n = self.next_line(self.line_limit, &high)
+        if n < 0:
+            return None
+        fault = self.line_fault
+        if fault is not None:
+            self.line_fault = None
+            return new_command("", fault)
+        p = <octets_t>PyBytes_AS_STRING(self.data) + self.at
+        command = read_command(p, n, not high)
+        self.take(n + 2)
+        return command
+
+    def line(self, Py_ssize_t limit):
+        cdef bytes text
+        cdef Py_ssize_t n
+        cdef bint high = False
+        if not 2 <= limit <= FLOOD:
+            raise ValueError(f"limit {limit} is not within 2-{FLOOD}")
+        n = self.next_line(limit, &high)
+        if n < 0:
+            return None
+        if self.line_fault is not None:
+            return b""
+        text = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.data) + self.at, n)
+        self.take(n + 2)
+        return text
+
+    def begin(self, binary: bool = False):
+        cdef bint normalize = self.walk.normalize
+        self.walk = Walk(place=START, cr=False, normalize=normalize, finished=False, high=False, fault=0, line=0, longest=0, size=0)
+        self.header = Header(place=H_START, matched=0, cr=False, size=0, fields=0, hops=0)
+        self.binary = binary
+        self.taken = 0
+
+    def content(self):
+        if self.data is None or self.walk.finished:
+            return None
+        return self.piece(PyBytes_GET_SIZE(self.data) - self.at, True)
+
+    @property
+    def finished(self):
+        return self.walk.finished
+
+    def chunk(self, long long n):
+        cdef Py_ssize_t available
+        cdef object piece
+        if n <= 0:
+            raise ValueError(f"a chunk of which {n} octets are still to come")
+        self.taken = 0
+        if self.data is None:
+            return None
+        available = PyBytes_GET_SIZE(self.data) - self.at
+        if n < available:
+            available = <Py_ssize_t>n
+        piece = self.piece(available, False)
+        self.taken = available
+        return b"" if piece is None else piece
+
+    def end(self):
+        if self.walk.cr and not self.walk.fault and not self.binary:
+            self.walk.fault = FAULT_NEWLINE
+
+    @property
+    def content_fault(self):
+        if self.walk.fault == 0:
+            return None
+        return "newline" if self.walk.fault == FAULT_NEWLINE else "nul"
+
+    @property
+    def size(self):
+        return self.walk.size
+
+    @property
+    def longest(self):
+        cdef Py_ssize_t line = self.walk.line - self.walk.cr
+        return max(line, self.walk.longest)
+
+    @property
+    def eight_bit(self):
+        return self.walk.high
+
+    @property
+    def header_size(self):
+        return self.header.size
+
+    @property
+    def header_fields(self):
+        return self.header.fields
+
+    @property
+    def hops(self):
+        return self.header.hops
+
+    cdef Py_ssize_t next_line(self, Py_ssize_t limit, bint* high) except -2:
+        """Octets of the next line's text, CRLF not among them; -1 if it is not whole yet.
+        With ``line_fault`` set the line is already taken and has no text."""
+        cdef octets_t p, lf
+        cdef Py_ssize_t n, length
+        self.line_fault = None
+        if self.data is None:
+            return -1
+        p = <octets_t>PyBytes_AS_STRING(self.data) + self.at
+        n = PyBytes_GET_SIZE(self.data) - self.at
+        if self.skipped == 0:
+            length = line_text(p, n, high)
+            if length + 1 < n and p[length] == c"\r" and p[length + 1] == c"\n" and length + 2 <= limit:
+                return length
+        lf = <octets_t>memchr(p, c"\n", n)
+        length = self.skipped + (lf - p if lf != NULL else n)
+        if length > FLOOD:
+            self.flooded = True
+            self.discard()
+            self.line_fault = "flood"
+            return 0
+        if lf != NULL:
+            self.skipped = 0
+            self.take(lf + 1 - p)
+            self.line_fault = "long" if length + 1 > limit else "newline"
+            return 0
+        if length >= limit:
+            self.skipped = length
+            self.data = None
+            self.at = 0
+        elif self.at:
+            # What waits for its line end must not keep the whole read alive.
+            self.data = self.data[self.at:]
+            self.at = 0
+        return -1
+
+    cdef object piece(self, Py_ssize_t n, bint dots):
+        """Walks over ``n`` octets of content and hands out what they say, or None."""
+        cdef Walk* w = &self.walk
+        cdef octets_t p = <octets_t>PyBytes_AS_STRING(self.data) + self.at
+        cdef Py_ssize_t same, used, room
+        cdef bint wanted = w.fault == 0 or self.header.place != H_OVER
+        cdef unsigned char* out = NULL
+        cdef unsigned char* start = NULL
+        cdef bytes made = None
+        if self.binary and not dots:
+            same = n
+            w.size += n
+        else:
+            same = pass_through(w, p, n, dots)
+        used = same
+        if same < n:
+            if wanted:
+                room = same + (n - same) * (2 if w.normalize else 1) + 8
+                made = PyBytes_FromStringAndSize(NULL, room)
+                start = <unsigned char*>PyBytes_AS_STRING(made)
+                memcpy(start, p, same)
+                out = start + same
+            used += rewrite(w, p + same, n - same, dots, &out)
+            if wanted:
+                p = start
+                same = out - start
+        if self.header.place != H_OVER:
+            count_header(&self.header, p, same)
+        if w.fault or same == 0:
+            made = None
+        elif made is not None:
+            made = made[:same]
+        elif used == PyBytes_GET_SIZE(self.data) and self.at == 0:
+            made = self.data
+        else:
+            made = PyBytes_FromStringAndSize(<const char*>p, same)
+        self.take(used)
+        return made
+
+
+# --- the client's side --------------------------------------------------------------------
+
+cdef str reply_text(octets_t p, Py_ssize_t n):
+    cdef Py_ssize_t i
+    cdef str text = PyUnicode_DecodeUTF8(<const char*>p, n, b"replace")
+    if not text.isprintable():
+        text = "".join(["?" if c < " " or "\x7f" <= c <= "\x9f" or c in "\u2028\u2029\ufffd" else c for c in text])
+    return text.replace("\ufffd", "?")
+
+
+@cython.final
+@cython.no_gc
+cdef class ReplyReceiver:
+    cdef bytes data
+    cdef Py_ssize_t at
+    cdef Py_ssize_t line_limit
+    cdef Py_ssize_t reply_limit
+    cdef Py_ssize_t total     # octets of the lines of a reply that is not whole yet
+    cdef int code
+    cdef list lines
+    cdef readonly str fault
+
+    def __init__(self, line_limit: int = 4096, reply_limit: int = 65536):
+        if line_limit < 5 or reply_limit < line_limit:
+            raise ValueError(f"limits {line_limit} and {reply_limit}: a line has 5 octets or more, a reply no less than a line")
+        self.line_limit = line_limit
+        self.reply_limit = reply_limit
+        self.lines = []
+
+    def feed(self, bytes data not None):
+        if self.fault is not None or PyBytes_GET_SIZE(data) == 0:
+            return
+        if self.data is None:
+            self.data = data
+        else:
+            self.data = self.data[self.at:] + data if self.at else self.data + data
+        self.at = 0
+
+    @property
+    def pending(self):
+        return self.total + (0 if self.data is None else PyBytes_GET_SIZE(self.data) - self.at)
+
+    def discard(self):
+        self.data = None
+        self.at = 0
+        self.total = 0
+        self.lines = []
+
+    cdef object fail(self, str fault):
+        self.discard()
+        self.fault = fault
+        return None
+
+    def reply(self):
+        cdef octets_t p, lf
+        cdef Py_ssize_t n, length, room
+        cdef int code
+        cdef list lines
+        while self.data is not None:
+            p = <octets_t>PyBytes_AS_STRING(self.data) + self.at
+            n = PyBytes_GET_SIZE(self.data) - self.at
+            room = min(self.line_limit, self.reply_limit - self.total)
+            lf = <octets_t>memchr(p, c"\n", min(n, room))
+            if lf == NULL:
+                if n >= room:
+                    return self.fail("long")
+                if self.at:
+                    self.data = self.data[self.at:]
+                    self.at = 0
+                return None
+            length = lf - p
+            if <octets_t>memchr(p, c"\r", length + 1) != lf - 1:
+                return self.fail("newline")
+            length -= 1
+            code = 0
+            if length >= 3 and c"2" <= p[0] <= c"5" and c"0" <= p[1] <= c"9" and c"0" <= p[2] <= c"9":
+                code = (p[0] - c"0") * 100 + (p[1] - c"0") * 10 + p[2] - c"0"
+            if not code or (length > 3 and p[3] != c" " and p[3] != c"-") or (self.lines and code != self.code):
+                return self.fail("syntax")
+            self.code = code
+            self.lines.append(reply_text(p + 4, length - 4) if length > 4 else "")
+            more = length > 3 and p[3] == c"-"
+            self.total += length + 2
+            self.at += length + 2
+            if self.at == PyBytes_GET_SIZE(self.data):
+                self.data = None
+                self.at = 0
+            if not more:
+                lines = self.lines
+                self.lines = []
+                self.total = 0
+                return code, lines
+        return None
+
+
+def stuff(bytes content not None, bint line_start = True):
+    cdef octets_t p = <octets_t>PyBytes_AS_STRING(content)
+    cdef octets_t e = p + PyBytes_GET_SIZE(content)
+    cdef octets_t q
+    cdef Py_ssize_t dots = 0
+    cdef bytes made
+    cdef unsigned char* out
+    if p < e and p[0] == c"." and line_start:
+        dots = 1
+    q = p
+    while True:
+        q = <octets_t>memchr(q, c"\n", e - q)
+        if q == NULL or q + 1 == e:
+            break
+        if q[1] == c"." and q > p and (q - 1)[0] == c"\r":
+            dots += 1
+        q += 1
+    if dots == 0:
+        return content
+    made = PyBytes_FromStringAndSize(NULL, e - p + dots)
+    out = <unsigned char*>PyBytes_AS_STRING(made)
+    if p[0] == c"." and line_start:
+        out[0] = c"."
+        out += 1
+    while True:
+        q = <octets_t>memchr(p, c"\n", e - p)
+        if q == NULL or q + 1 == e:
+            memcpy(out, p, e - p)
+            break
+        memcpy(out, p, q + 1 - p)
+        out += q + 1 - p
+        if q[1] == c"." and q > <octets_t>PyBytes_AS_STRING(content) and (q - 1)[0] == c"\r":
+            out[0] = c"."
+            out += 1
+        p = q + 1
+    return made
