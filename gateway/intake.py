@@ -386,6 +386,7 @@ class Ticket:
         "_outcomes",
         "_pendings",
         "_phase",
+        "_refused",
         "_splits",
         "_timer",
         "_untried",
@@ -405,6 +406,7 @@ class Ticket:
         self._splits: list[Pending] = []
         self._follow: list[Row] = []
         self._late: list[tuple[Pending, Sequence[Outcome]]] = []
+        self._refused: Mapping[int, Reply] = {}  # LMTP: recipients with an answer of their own
         self._kept = False  # a row of this message is in the spool
         self._failed: Reply | None = None  # the store failed; this is the answer if not all was taken
         self._timer: asyncio.TimerHandle | None = None
@@ -523,15 +525,10 @@ class Ticket:
             self._refuse(next((reply for reply in replies if reply.temporary), replies[0]))
             return
         if self._draft.transaction.lmtp:
-            self._drop(refusals)
-            accepted = self._accepted()
-            replies = [refusals.get(index, accepted) for index in range(count)]
             if len(refusals) == count:
-                self._refuse(replies)
+                self._refuse(list(refusals.values()))
                 return
-            answer = self._answer
-            assert answer is not None
-            self._answer = lambda reply: answer(replies if isinstance(reply, Reply) and reply.positive else reply)
+            self._drop(refusals)
         self._judge()
         if self._nothing_owed():
             self._accept(stored=False)
@@ -551,7 +548,8 @@ class Ticket:
         return {index: refused[index] for index in sorted(refused) if index not in taken}
 
     def _drop(self, refusals: Mapping[int, Reply]) -> None:
-        """These recipients were told the truth themselves: nothing is owed for them."""
+        """These recipients are told the truth themselves (LMTP): nothing is owed for them."""
+        self._refused = refusals
         kept: list[tuple[Pending, Sequence[Outcome]]] = []
         for pending, outcomes in self._outcomes:
             pairs = [(index, outcome) for index, outcome in zip(pending.recipients, outcomes, strict=True) if index not in refusals]
@@ -628,9 +626,6 @@ class Ticket:
 
     # ---------------------------------------------------------------- answers
 
-    def _accepted(self) -> Reply:
-        return Reply.ok(f"accepted as {self.message.id}")
-
     def _accept(self, stored: bool) -> None:
         transaction = self._draft.transaction
         self._intake.observer.event(
@@ -644,8 +639,11 @@ class Ticket:
             size=self.message.stored.size,
             stored=stored,
         )
-        reply = self._accepted()
-        self._say([reply] * len(transaction.envelope.recipients) if transaction.lmtp else reply)
+        reply = Reply.ok(f"accepted as {self.message.id}")
+        if transaction.lmtp:
+            self._say([self._refused.get(index, reply) for index in range(len(transaction.envelope.recipients))])
+        else:
+            self._say(reply)
         if not self._kept:
             self._finish_unkept()
 

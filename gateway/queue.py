@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool
-from .message import Client, Content, Envelope, Message, Params, Recipient
+from .message import Client, Content, Message, Recipient
 from .reply import Reply
 from .smtp import bounce
-from .smtp.trace import date_header
 
 #: Seconds between probes of a sink that is down: first, then doubling up to the last.
 PROBE_FIRST, PROBE_LAST = 1.0, 60.0
@@ -279,8 +279,8 @@ class Queue:
             elif outcome.state == "failed":
                 lost.append((index, outcome))
             elif expired:
-                lost.append((index, Outcome("failed", EXPIRED, outcome.remote)))
-                pending.note = f"{EXPIRED.text}; last: {outcome.reply}"
+                # The last answer is told, not hidden behind the expiry (RFC 3464 §2.3.4, 2.3.6).
+                lost.append((index, outcome))
             else:
                 again.append(index)
                 pending.note = str(outcome.reply)
@@ -289,7 +289,9 @@ class Queue:
         pending.attempts += 1
         splits, follow = self._give_up(message, pending, lost, now)
         if relayed:
-            follow.append(self._report("relayed", message, relayed, now))
+            lane = self._lanes.get(pending.sink)
+            kind: bounce.Kind = "relayed" if lane is not None and lane.settings.relays else "delivered"
+            follow.append(self._report(kind, message, relayed, now))
         if len(again) < len(pending.recipients):
             pending.recipients = tuple(again)
             pending.part += 1
@@ -306,7 +308,7 @@ class Queue:
             and not outcome.notifies
             and bool(message.envelope.mail_from)
             and self._bounces in self._lanes
-            and bounce.wants(recipient, "relayed")
+            and bounce.wants(recipient, "delivered")
         )
 
     def _give_up(
@@ -325,6 +327,8 @@ class Queue:
                 return [], []
             return [], [self._report("failed", message, told, now)]
         reason = str(lost[0][1].reply)
+        if lost[0][1].state != "failed":
+            reason = f"{EXPIRED.text}; last: {reason}"
         self._observer.event("dead", id=message.id, sink=pending.sink, recipients=len(lost), reason=reason)
         dead = Pending(
             message_id=message.id,
@@ -341,30 +345,27 @@ class Queue:
         )
         return [dead], []
 
-    def _report(self, kind: Literal["failed", "relayed"], message: Message, told: Sequence[tuple[Recipient, Outcome]], now: float) -> Row:
+    def _report(self, kind: bounce.Kind, message: Message, told: Sequence[tuple[Recipient, Outcome]], now: float) -> Row:
         id = self._new_id(now)
+        excerpt = b"".join(islice(message.stored.chunks(max(1, bounce.excerpt_size(message, kind))), 1))
         octets = bounce.report(
             kind,
             message,
             [(recipient, outcome.reply, outcome.remote) for recipient, outcome in told],
             reporting_mta=self._hostname,
-            date=date_header(now),
-            arrival_date=date_header(message.received_at),
+            now=now,
             message_id=f"{id}@{self._hostname}",
+            excerpt=excerpt[: bounce.excerpt_size(message, kind)],
         )
-        to = message.envelope.mail_from
-        local, _, domain = to.rpartition("@")
-        params: Params = {"SMTPUTF8": None} if message.envelope.utf8 else {}
-        envelope = Envelope("", params, [Recipient(to, local, domain.lower(), {"NOTIFY": "NEVER"})])
         report = Message(
             id=id,
-            envelope=envelope,
+            envelope=bounce.envelope(message, octets),
             stored=Content(octets, eight_bit=not octets.isascii(), header_size=octets.find(b"\r\n\r\n") + 2),
             client=Client(ip=None, helo=self._hostname, protocol="LOCAL"),
             received_at=now,
             expires_at=now + self.expire,
         )
-        self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=to, recipients=len(told))
+        self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=message.envelope.mail_from, recipients=len(told))
         assert self._bounces is not None
         return Row(report, [Pending(id, self._bounces, (0,), now, now + self.expire)])
 
@@ -580,8 +581,10 @@ class Queue:
         self._start(lane, message, pending, None)
 
     def _expire(self, message: Message, pending: Pending) -> None:
-        reason = f"{EXPIRED.text}; last: {pending.note}" if pending.note else EXPIRED.text
-        outcome = Outcome("failed", Reply(EXPIRED.code, EXPIRED.enhanced, reason[:900]))
+        """Its time is over without another try."""
+        code, _, text = pending.note.partition(" ")
+        last = Reply.untrusted(int(code), text) if code.isdecimal() and len(code) == 3 else EXPIRED
+        outcome = Outcome("deferred" if last.temporary else "failed", last)
         self._observer.event(
             "failed",
             id=message.id,
@@ -589,7 +592,7 @@ class Queue:
             sink=pending.sink,
             recipients=len(pending.recipients),
             remote="",
-            reply=str(outcome.reply),
+            reply=str(EXPIRED),
             attempt=pending.attempts,
             seconds=0.0,
         )
