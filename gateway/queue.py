@@ -76,6 +76,7 @@ class Lane:
     __slots__ = (
         "busy",
         "down",
+        "down_since",
         "earliest",
         "latency",
         "next_probe",
@@ -104,6 +105,7 @@ class Lane:
         self.refilling = False
         self.timer: asyncio.TimerHandle | None = None
         self.down = False
+        self.down_since = 0.0  # loop time
         self.paused = False
         self.next_probe = 0.0  # loop time
         self.probe_delay = PROBE_FIRST
@@ -462,17 +464,22 @@ class Queue:
         if outcome.pause and not lane.paused:
             lane.paused = True
             self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
-        # One message that a healthy sink chokes on must not stop the others: a success that
-        # came after this try began says that the sink is up.
-        if lane.down or lane.succeeded <= started:
-            if not lane.down:
-                lane.down = True
-                lane.probe_delay = PROBE_FIRST
-                self._observer.event("sink_down", sink=lane.sink.name, reason=str(outcome.reply))
-            wait = max(lane.probe_delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
-            lane.next_probe = max(lane.next_probe, now + wait * self._random.uniform(0.9, 1.1))
-            lane.probe_delay = min(lane.probe_delay * 2, PROBE_LAST)
-            self._arm(lane)
+        if lane.down:
+            if started < lane.down_since:
+                return  # went out with the others, before the first of them failed
+        elif lane.succeeded > started:
+            # One message that a healthy sink chokes on must not stop the others: a success
+            # that came after this try began says that the sink is up.
+            return
+        else:
+            lane.down = True
+            lane.down_since = now
+            lane.probe_delay = PROBE_FIRST
+            self._observer.event("sink_down", sink=lane.sink.name, reason=str(outcome.reply))
+        wait = max(lane.probe_delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
+        lane.next_probe = now + wait * self._random.uniform(0.9, 1.1)
+        lane.probe_delay = min(lane.probe_delay * 2, PROBE_LAST)
+        self._arm(lane)
 
     def _up(self, lane: Lane) -> None:
         lane.down = lane.paused = False

@@ -1,0 +1,342 @@
+"""Time: retries, expiry, health of sinks, fairness, bounces (DESIGN §4, reference of the words in §6)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from gateway.contracts import Outcome
+from gateway.queue import EXPIRED, PROBE_LAST
+from gateway.reply import Reply
+from gateway.route import Route
+
+from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe
+
+
+async def stored(stage: Stage, *recipients: str, **more: object) -> None:
+    """One message that ends up in the spool."""
+    stage.send(*recipients, **more)  # type: ignore[arg-type]
+    await breathe()
+    if stage.spool.waiting:
+        stage.spool.commit()
+
+
+async def settle_marks(stage: Stage) -> None:
+    await breathe()
+    stage.spool.sync_marks()
+    await breathe()
+
+
+async def test_deferred_is_tried_again_after_its_delay_and_not_before() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, retry=(60.0, 300.0)) as stage:
+        await stored(stage)
+        sink.settle(LATER)
+        stage.spool.commit()
+        stage.clock.added = 50.0
+        stage.queue.kick()
+        await breathe()
+        assert len(sink.seen) == 1
+        stage.clock.added = 70.0
+        stage.queue.kick()
+        await breathe()
+        assert [delivery.attempt for delivery in sink.seen] == [1, 2]
+        assert sink.seen[0].id == sink.seen[1].id, "the same recipients are the same delivery"
+        sink.settle(LATER)
+        await settle_marks(stage)
+        [(_message, pending)] = stage.spool.rows.values()
+        assert 270 <= pending.due - stage.clock() <= 330, "the second delay, with jitter"
+
+
+async def test_the_last_delay_repeats() -> None:
+    sink = StagedSink("app", LATER)
+    async with Stage(sink, retry=(10.0, 20.0)) as stage:
+        stage.spool.by_itself = True
+        await stored(stage)
+        for _ in range(5):
+            stage.clock.added += 25.0
+            stage.queue.kick()
+            await breathe(20)
+        assert [delivery.attempt for delivery in sink.seen] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_the_timer_alone_brings_the_next_try() -> None:
+    sink = StagedSink("app", LATER)
+    async with Stage(sink, retry=(0.05,)) as stage:
+        stage.spool.by_itself = True
+        await stored(stage)
+        await asyncio.sleep(0.3)
+        assert len(sink.seen) >= 3
+
+
+async def test_retry_after_is_honoured_and_capped_at_a_day() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, expire=10 * 86400.0) as stage:
+        await stored(stage)
+        sink.settle(Outcome("deferred", LATER.reply, retry_after=7200.0))
+        stage.spool.commit()
+        [(_message, pending)] = stage.spool.rows.values()
+        assert 7190 < pending.due - stage.clock() < 7210
+        stage.clock.added = 7300
+        stage.queue.kick()
+        await breathe()
+        sink.settle(Outcome("deferred", LATER.reply, retry_after=1e9))
+        await settle_marks(stage)
+        [(_message, pending)] = stage.spool.rows.values()
+        assert 86390 < pending.due - stage.clock() < 86410
+
+
+async def test_expiry_is_a_dead_letter_that_tells_the_last_answer() -> None:
+    sink = StagedSink("app", LATER)
+    async with Stage(sink, expire=100.0, retry=(60.0,)) as stage:
+        stage.spool.by_itself = True
+        await stored(stage)
+        stage.clock.added = 101.0
+        stage.queue.kick()
+        await breathe(20)
+        [(_message, pending)] = stage.spool.rows.values()
+        assert pending.state == "dead"
+        assert pending.note.startswith(EXPIRED.text)
+        assert "451 4.2.0 later" in pending.note
+
+
+async def test_the_last_try_is_at_expiry_not_after_a_whole_delay() -> None:
+    sink = StagedSink("app", LATER)
+    async with Stage(sink, expire=100.0, retry=(5000.0,)) as stage:
+        await stored(stage)
+        [(_message, pending)] = stage.spool.rows.values()
+        assert pending.due <= pending.expires_at
+
+
+async def test_expiry_with_bounces_is_a_bounce() -> None:
+    app, out = StagedSink("app", LATER), StagedSink("out", OK)
+    async with Stage(app, out, expire=100.0, on_failure="bounce", bounces="out") as stage:
+        stage.spool.by_itself = True
+        stage.send(route=Route(("*",), ("app",)))
+        await breathe()
+        stage.clock.added = 101.0
+        stage.queue.kick("app")
+        await breathe(30)
+        assert stage.spool.rows == {}
+        assert b"Status: 4.4.7" in out.seen[0].message.content
+
+
+async def test_a_bounce_that_cannot_be_delivered_is_a_dead_letter() -> None:
+    app, out = StagedSink("app", NEVER), StagedSink("out", NEVER)
+    async with Stage(app, out, on_failure="bounce", bounces="out") as stage:
+        stage.spool.by_itself = True
+        stage.send(route=Route(("*",), ("app",)))
+        await breathe(30)
+        [(message, pending)] = stage.spool.rows.values()
+        assert (message.envelope.mail_from, pending.state, pending.sink) == ("", "dead", "out")
+        assert stage.codes == [250]
+
+
+async def test_notify_never_silences_and_success_is_told() -> None:
+    app, out = StagedSink("app"), StagedSink("out", OK)
+    async with Stage(app, out, on_failure="bounce", bounces="out") as stage:
+        stage.spool.by_itself = True
+        transaction = stage.transaction("never@us.example", "told@us.example", route=Route(("*",), ("app",)))
+        transaction.envelope.recipients[0].params["NOTIFY"] = "NEVER"
+        transaction.envelope.recipients[1].params["NOTIFY"] = "SUCCESS,FAILURE"
+        draft = stage.draft(transaction)
+        draft.write(b"Subject: x\r\n\r\n")
+        draft.finish(stage.answers.append)
+        app.settle(NEVER, OK)
+        assert stage.codes == [], "the notice is owed: it is stored before the 250"
+        await breathe(20)
+        assert stage.codes == [250]
+        [delivery] = out.seen
+        assert b"told@us.example" in delivery.message.content
+        assert b"never@us.example" not in delivery.message.content
+        assert b"Action: delivered" in delivery.message.content
+
+
+async def test_a_sink_that_is_down_is_probed_by_one_and_its_return_frees_all() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=5, retry=(3600.0,)) as stage:
+        stage.spool.by_itself = True
+        for _ in range(5):
+            stage.send()
+        for _ in range(5):
+            sink.settle(DOWN)
+        await breathe(20)
+        assert stage.queue.health() == {"app": "down"}
+        assert stage.told.names().count("sink_down") == 1
+        stage.send()
+        await breathe(20)
+        assert sink.out == [], "new mail goes straight to the spool"
+        assert stage.codes == [250] * 6
+        await asyncio.sleep(1.3)
+        assert len(sink.out) == 1, "one probe at a time"
+        sink.settle(OK)
+        await breathe(30)
+        assert stage.told.names().count("sink_up") == 1
+        assert len(sink.out) == 5, "who waited for the sink is due at once"
+        while sink.out:
+            sink.settle(OK)
+        await breathe(30)
+        assert stage.spool.rows == {}
+
+
+async def test_probes_back_off_and_honour_retry_after() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        sink.settle(Outcome("deferred", DOWN.reply, down=True, retry_after=30.0))
+        await breathe(20)
+        lane = stage.queue._lanes["app"]
+        assert 26 < lane.next_probe - asyncio.get_running_loop().time() < 34
+        for _ in range(10):
+            lane.next_probe = 0.0
+            stage.queue._pump(lane)
+            await breathe(20)
+            sink.settle(DOWN)
+            await breathe(20)
+        assert lane.next_probe - asyncio.get_running_loop().time() <= PROBE_LAST * 1.1
+
+
+async def test_one_message_a_healthy_sink_chokes_on_does_not_stop_the_others() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=3) as stage:
+        stage.send()
+        stage.send()
+        await asyncio.sleep(0.001)
+        sink.out[1].settle_all(OK)
+        del sink.out[1]
+        sink.settle(DOWN)
+        assert stage.queue.health() == {"app": "up"}
+
+
+async def test_410_pauses_until_somebody_says_go() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        sink.settle(Outcome("deferred", Reply(451, "4.3.0", "gone"), down=True, pause=True))
+        await breathe(20)
+        assert stage.queue.health() == {"app": "paused"}
+        await asyncio.sleep(1.3)
+        assert sink.out == []
+        stage.queue.kick("app")
+        await breathe(20)
+        sink.settle(OK)
+        await breathe(20)
+        assert stage.queue.health() == {"app": "up"}
+        assert stage.spool.rows == {}
+
+
+async def test_a_failing_sink_never_delays_another() -> None:
+    bad, good = StagedSink("bad"), StagedSink("good", OK)
+    async with Stage(bad, good, concurrency=1) as stage:
+        for _ in range(20):
+            stage.send(route=Route(("*",), ("bad",)))
+        stage.send(route=Route(("*",), ("good",)))
+        assert stage.codes == [250]
+
+
+async def test_concurrency_is_never_exceeded_and_a_backlog_goes_in_order() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=3) as stage:
+        stage.spool.by_itself = True
+        for number in range(200):
+            stage.send(f"{number}@us.example")
+        await breathe(20)
+        most, order = 0, []
+        while sink.out:
+            most = max(most, len(sink.out))
+            order.append(sink.out[0].recipients[0].local)
+            sink.settle(OK)
+            await breathe(20)
+        assert most == 3
+        assert stage.spool.rows == {}
+        assert len(order) == 200
+        assert [int(name) for name in order[3:]] == sorted(int(name) for name in order[3:])
+
+
+async def test_priority_goes_first() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        for number in range(4):
+            stage.send(f"{number}@us.example")
+        await breathe()
+        stage.spool.commit()
+        for _message, pending in stage.spool.rows.values():
+            if _message.envelope.recipients[0].local == "3":
+                pending.priority = 5
+        stage.spool.by_itself = True
+        sink.settle(OK)
+        await breathe(20)
+        assert sink.out[0].recipients[0].local == "3"
+
+
+async def test_what_the_spool_holds_at_start_is_tried() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        await stored(stage)
+        sink.settle(LATER)
+        stage.spool.commit()
+        spool = stage.spool
+    for _message, pending in spool.rows.values():
+        pending.due = 0.0
+    again = Stage(StagedSink("app", OK))
+    again.queue._spool = spool
+    spool.by_itself = True
+    async with again:
+        await breathe(20)
+        assert spool.rows == {}
+
+
+async def test_mail_for_a_sink_that_left_the_file_is_reported_and_kept() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        await stored(stage, route=Route(("*",), ("gone",)))
+        spool = stage.spool
+    again = Stage(StagedSink("app", OK), expire=1.0)
+    again.queue._spool = spool
+    again.clock.added = 1e6
+    async with again:
+        await breathe(20)
+        assert len(spool.rows) == 1
+        [fields] = [fields for name, fields in again.told.events if name == "sink_down"]
+        assert fields["sink"] == "gone"
+
+
+async def test_closing_waits_for_the_tries_that_are_out() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        await stored(stage)
+        closing = asyncio.create_task(stage.queue.close(5.0))
+        await breathe()
+        assert not closing.done()
+        sink.settle(OK)
+        await closing
+        assert stage.codes == [250]
+
+
+async def test_a_second_settlement_is_a_fault_of_the_sink() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        await stored(stage)
+        [delivery] = sink.out
+        delivery.settle_all(OK)
+        with pytest.raises(RuntimeError, match="settled twice"):
+            delivery.settle_all(OK)
+
+
+async def test_outcomes_are_per_recipient() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.spool.by_itself = True
+        stage.send("a@us.example", "b@us.example", "c@us.example")
+        sink.settle(OK, LATER, NEVER)
+        await breathe(20)
+        states = sorted((pending.state, pending.recipients) for _message, pending in stage.spool.rows.values())
+        assert states == [("dead", (2,)), ("queued", (1,))]
+        assert sorted(name for name in stage.told.names() if name in ("delivered", "deferred", "failed")) == [
+            "deferred",
+            "delivered",
+            "failed",
+        ]
