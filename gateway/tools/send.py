@@ -98,7 +98,10 @@ def send(
     """Sends ``content`` (octets with CRLF line ends) to ``host:port``, ``[v6]:port`` or ``unix:/path``.
 
     Every line of the dialogue goes to ``say``. Faults of the far side are in the Result; a server
-    address that cannot be read raises ValueError."""
+    address that cannot be read, or a line end in what becomes a command, raises ValueError."""
+    for word in (sender, *recipients, helo):
+        if any(ord(character) < 32 for character in word):
+            raise ValueError(f"{word!r} has control characters")
     tell: Say = say or (lambda line: None)
     result = Result()
     try:
