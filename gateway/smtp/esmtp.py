@@ -1,0 +1,95 @@
+"""ESMTP parameters of MAIL and RCPT: is each known, and is its value one?
+
+Owns the grammar of the values; the keywords were taken apart by the parser. Decides, changes
+nothing: None is well, a Reply refuses. Keywords come in upper case.
+
+SIZE RFC 1870, BODY RFC 6152 and RFC 3030, SMTPUTF8 RFC 6531, RET ENVID NOTIFY ORCPT RFC 3461
+(ORCPT with ``utf-8`` RFC 6533).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ..message import Params
+from ..reply import Reply
+from . import replies
+
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")
+#: RFC 6533 §3: in a transaction with SMTPUTF8 an address of type utf-8 may be said as it is.
+_UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
+_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~.]+")
+_NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
+_SIZE_DIGITS = 20
+
+
+def mail_parameters(params: Params, limit: int, binary: bool) -> Reply | None:
+    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered."""
+    for keyword, value in params.items():
+        judge = _MAIL.get(keyword)
+        if judge is None:
+            return replies.PARAMETER_UNKNOWN
+        refusal = judge(value, limit, binary)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def rcpt_parameters(params: Params, utf8: bool) -> Reply | None:
+    """``utf8``: the transaction has SMTPUTF8."""
+    for keyword, value in params.items():
+        if keyword == "NOTIFY":
+            if not _is_notify(value or ""):
+                return replies.BAD_NOTIFY
+        elif keyword == "ORCPT":
+            if not _is_orcpt(value or "", utf8):
+                return replies.BAD_ORCPT
+        else:
+            return replies.PARAMETER_UNKNOWN
+    return None
+
+
+def _size(value: str | None, limit: int, binary: bool) -> Reply | None:
+    if value is None or len(value) > _SIZE_DIGITS or not (value.isascii() and value.isdigit()) or int(value) >= 1 << 63:
+        return replies.BAD_SIZE
+    return replies.over_limit(limit) if int(value) > limit else None
+
+
+def _body(value: str | None, limit: int, binary: bool) -> Reply | None:
+    kind = (value or "").upper()
+    if kind == "BINARYMIME":
+        return None if binary else replies.BINARY_NOT_OFFERED
+    return None if kind in ("7BIT", "8BITMIME") else replies.BAD_BODY
+
+
+def _smtputf8(value: str | None, limit: int, binary: bool) -> Reply | None:
+    return None if value is None else replies.BAD_SMTPUTF8
+
+
+def _ret(value: str | None, limit: int, binary: bool) -> Reply | None:
+    return None if (value or "").upper() in ("FULL", "HDRS") else replies.BAD_RET
+
+
+def _envid(value: str | None, limit: int, binary: bool) -> Reply | None:
+    return None if value is not None and len(value) <= 100 and _XTEXT.fullmatch(value) else replies.BAD_ENVID
+
+
+def _is_notify(value: str) -> bool:
+    words = value.upper().split(",")
+    return words == ["NEVER"] or (len(set(words)) == len(words) and _NOTIFY.issuperset(words))
+
+
+def _is_orcpt(value: str, utf8: bool) -> bool:
+    kind, _, address = value.partition(";")
+    grammar = _UTF8_XTEXT if utf8 and kind.lower() == "utf-8" else _XTEXT
+    return len(value.encode()) <= 500 and _ADDRESS_TYPE.fullmatch(kind) is not None and grammar.fullmatch(address) is not None
+
+
+_MAIL: dict[str, Callable[[str | None, int, bool], Reply | None]] = {
+    "SIZE": _size,
+    "BODY": _body,
+    "SMTPUTF8": _smtputf8,
+    "RET": _ret,
+    "ENVID": _envid,
+}

@@ -1,0 +1,132 @@
+"""What the server says: every canned reply of a ServerSession, made once.
+
+Owns the wording and the codes of reference table F, C, P, B, R and L; knows no session. Each
+text names the thing and, where there is one, the way out. RFC 5321 §4.2, RFC 3463.
+
+``CLOSING``: after one of these the connection ends (and after every 421, RFC 5321 §3.8).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+from ..reply import Reply
+
+# ------------------------------------------------------------------ all is well
+
+QUIT: Final = Reply(221, "2.0.0", "closing the connection")
+HELP: Final = Reply(214, "2.0.0", "RFC 5321 is spoken here: EHLO, MAIL, RCPT, DATA, BDAT, RSET, NOOP, VRFY, QUIT")
+OK: Final = Reply(250, "2.0.0", "OK")
+SENDER_OK: Final = Reply(250, "2.1.0", "sender OK")
+RECIPIENT_OK: Final = Reply(250, "2.1.5", "recipient OK")
+CHUNK_OK: Final = Reply(250, "2.0.0", "chunk received")
+VRFY: Final = Reply(252, "2.5.0", "send mail and see: addresses are not verified")
+START_CONTENT: Final = Reply(354, "", "send the message, end with <CRLF>.<CRLF>")
+
+# ------------------------------------------------------------ lines and grammar
+
+BARE_COMMAND: Final = Reply(500, "5.5.2", "control character, bare CR or bare LF in a command")
+LINE_TOO_LONG: Final = Reply(500, "5.5.2", "line too long")
+NOT_UTF8: Final = Reply(500, "5.5.2", "command is not UTF-8")
+UNKNOWN: Final = Reply(500, "5.5.2", "command unknown")
+NOT_OFFERED: Final = Reply(502, "5.5.1", "command not offered here")
+FLOOD: Final = Reply(421, "4.7.0", "endless command line, closing")
+TOO_MANY_BAD_LINES: Final = Reply(421, "4.7.0", "too many malformed lines, closing")
+TOO_MANY_ERRORS: Final = Reply(421, "4.7.0", "too many errors, closing")
+
+HELO_SYNTAX: Final = Reply(501, "5.5.4", "say HELO, EHLO or LHLO with your host name, at most 255 octets")
+NO_ARGUMENT: Final = Reply(501, "5.5.4", "this command takes no argument")
+ARGUMENT_NEEDED: Final = Reply(501, "5.5.4", "this command needs an argument")
+SENDER_SYNTAX: Final = Reply(501, "5.1.7", "bad sender address, say MAIL FROM:<local@domain>")
+RECIPIENT_SYNTAX: Final = Reply(501, "5.1.3", "bad recipient address, say RCPT TO:<local@domain>")
+PARAMETER_SYNTAX: Final = Reply(501, "5.5.4", "bad parameter, say keyword or keyword=value")
+PARAMETER_TWICE: Final = Reply(501, "5.5.4", "parameter given twice")
+UTF8_SENDER: Final = Reply(550, "5.6.7", "non-ASCII address without SMTPUTF8")
+UTF8_RECIPIENT: Final = Reply(553, "5.6.7", "non-ASCII address in a transaction without SMTPUTF8")
+
+# -------------------------------------------------------------------- parameters
+
+PARAMETER_UNKNOWN: Final = Reply(555, "5.5.4", "parameter not recognized or not offered")
+BAD_SIZE: Final = Reply(501, "5.5.4", "SIZE wants a number of octets below 2^63")
+BAD_BODY: Final = Reply(501, "5.5.4", "BODY is 7BIT, 8BITMIME or BINARYMIME")
+BINARY_NOT_OFFERED: Final = Reply(555, "5.5.4", "BINARYMIME is not offered here")
+BAD_SMTPUTF8: Final = Reply(501, "5.5.4", "SMTPUTF8 takes no value")
+BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
+BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
+BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
+BAD_ORCPT: Final = Reply(501, "5.5.4", "ORCPT is an address type, a semicolon and xtext, at most 500 octets")
+
+# ----------------------------------------------------------------------- order
+
+SAY_HELLO: Final = Reply(503, "5.5.1", "say EHLO first")
+SAY_LHLO: Final = Reply(503, "5.5.1", "say LHLO first")
+LMTP_ONLY: Final = Reply(500, "5.5.1", "this is LMTP, say LHLO")
+SMTP_ONLY: Final = Reply(500, "5.5.1", "this is SMTP, say EHLO")
+NESTED_MAIL: Final = Reply(503, "5.5.1", "a transaction is open, end it or say RSET")
+NO_SENDER: Final = Reply(503, "5.5.1", "say MAIL first")
+NO_RECIPIENTS: Final = Reply(554, "5.5.1", "no valid recipients")
+NO_RECIPIENTS_LMTP: Final = Reply(503, "5.5.1", "no valid recipients")  # RFC 2033 §4.2
+CHUNKS_BEGUN: Final = Reply(503, "5.5.1", "BDAT has begun, end it with LAST or say RSET")
+BINARY_BY_DATA: Final = Reply(503, "5.5.1", "BINARYMIME comes by BDAT only")
+IN_TRANSACTION: Final = Reply(503, "5.5.1", "not within a transaction, say RSET first")
+TURNED_AWAY: Final = Reply(503, "5.5.1", "you were refused, say QUIT")
+TLS_NEEDED: Final = Reply(530, "5.7.0", "say STARTTLS first")
+AUTH_NEEDED: Final = Reply(530, "5.7.0", "authentication required")
+
+# --------------------------------------------------------------------- recipients
+
+TOO_MANY_RECIPIENTS: Final = Reply(452, "4.5.3", "too many recipients, send the rest in another transaction")
+OTHER_PROMISE: Final = Reply(452, "4.5.3", "recipient is acknowledged otherwise than the first, send it in another transaction")
+
+# ------------------------------------------------------------------------ content
+
+BARE_NEWLINE: Final = Reply(550, "5.5.2", "bare CR or LF")
+NUL: Final = Reply(550, "5.6.0", "NUL in content")
+LONG_LINE: Final = Reply(550, "5.6.0", "line too long, at most 998 octets")
+LOOP: Final = Reply(554, "5.4.6", "routing loop: too many Received fields")
+
+# -------------------------------------------------------------- no more of this
+
+TOO_EARLY: Final = Reply(554, "5.5.0", "you sent on before our reply, closing")
+NOT_HTTP: Final = Reply(554, "5.5.0", "SMTP is spoken here, closing")
+NOT_TLS: Final = Reply(554, "5.5.0", "TLS is not spoken on this port, closing")
+NO_XCLIENT: Final = Reply(550, "5.7.0", "not allowed from your address")
+NO_PROXY: Final = Reply(500, "5.5.2", "PROXY is not allowed from your address, closing")
+BAD_CHUNK: Final = Reply(501, "5.5.4", "say BDAT size [LAST]; without a size we cannot go on, closing")
+
+
+@lru_cache(maxsize=64)
+def over_limit(limit: int) -> Reply:
+    """552 for a message over ``limit`` octets."""
+    return Reply(552, "5.3.4", f"message over the limit of {limit} octets")
+
+
+@lru_cache(maxsize=64)
+def chunk_over_limit(limit: int) -> Reply:
+    """552 for one BDAT chunk so large that we do not even read over it."""
+    return Reply(552, "5.3.4", f"chunk far over the limit of {limit} octets, closing")
+
+
+#: After one of these the connection ends.
+CLOSING: Final = frozenset({TOO_EARLY, NOT_HTTP, NOT_TLS, NO_PROXY, BAD_CHUNK})
+
+#: Faults of a line whatever its verb (``Command.fault``).
+LINE_FAULTS: Final = {"newline": BARE_COMMAND, "long": LINE_TOO_LONG, "flood": FLOOD, "utf8": NOT_UTF8}
+
+#: Faults of a MAIL line and of a RCPT line.
+MAIL_FAULTS: Final = {
+    "syntax": SENDER_SYNTAX,
+    "path": SENDER_SYNTAX,
+    "parameter": PARAMETER_SYNTAX,
+    "duplicate": PARAMETER_TWICE,
+}
+RCPT_FAULTS: Final = {
+    "syntax": RECIPIENT_SYNTAX,
+    "path": RECIPIENT_SYNTAX,
+    "parameter": PARAMETER_SYNTAX,
+    "duplicate": PARAMETER_TWICE,
+}
+
+#: Faults of the content (``Receiver.content_fault``).
+CONTENT_FAULTS: Final = {"newline": BARE_NEWLINE, "nul": NUL}
