@@ -116,7 +116,7 @@ def report(
     boundary = b"report-" + re.sub(rb"[^A-Za-z0-9-]", b"", message_id.partition("@")[0].encode())[:40]
     while any(boundary in part for part in parts):
         boundary += b"_"
-    found = _MESSAGE_ID.search(excerpt or b"")
+    found = _MESSAGE_ID.search((excerpt or b"")[: message.stored.header_size])
     head = (
         f"Date: {date}\r\n"
         f"From: Mail Delivery System <MAILER-DAEMON@{reporting_mta}>\r\n"
@@ -212,9 +212,8 @@ def _returns_all(message: Message, kind: Kind) -> bool:
 def _original(kind: Kind, message: Message, excerpt: bytes, international: bool) -> bytes:
     if _returns_all(message, kind):
         octets = message.trace + excerpt
-        # message/rfc822 may not be encoded, so it must already be what it is called
-        # (RFC 2045 §2.7, §2.8): lines within the limit.
-        if max(map(len, octets.split(b"\r\n"))) <= 998:
+        # message/rfc822 may not be encoded, so it must already be 7-bit or 8-bit text.
+        if _is_text(octets):
             header = octets[: len(message.trace) + message.stored.header_size]
             form = b"message/rfc822" if header.isascii() else b"message/global"
             encoding = b"" if octets.isascii() else b"Content-Transfer-Encoding: 8bit\r\n"
@@ -225,9 +224,9 @@ def _original(kind: Kind, message: Message, excerpt: bytes, international: bool)
     form = b"text/rfc822-headers"
     if not header.isascii() and _is_utf8(header):
         form = b"message/global-headers"
-        if international and max(map(len, header.split(b"\r\n"))) <= 998:
+        if international and _is_text(header):
             return b"Content-Type: %b\r\nContent-Transfer-Encoding: 8bit\r\n\r\n%b" % (form, header)
-    if header.isascii() and max(map(len, header.split(b"\r\n"))) <= 998 and b"\0" not in header:
+    if header.isascii() and _is_text(header):
         return b"Content-Type: %b\r\n\r\n%b" % (form, header)
     return b"Content-Type: %b\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n%b" % (form, _quoted(header))
 
@@ -301,7 +300,15 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _quoted(octets: bytes) -> bytes:
-    return binascii.b2a_qp(octets, istext=True)
+    # Line by line and not as text: so a bare CR or LF is encoded, and what is left of LF is a
+    # soft line break.
+    return b"\r\n".join(binascii.b2a_qp(line, istext=False).replace(b"\n", b"\r\n") for line in octets.split(b"\r\n"))
+
+
+def _is_text(octets: bytes) -> bool:
+    """Lines as RFC 2045 §2.7 and §2.8 want them: CRLF only, at most 998 octets, no NUL."""
+    ends = octets.count(b"\r\n")
+    return b"\0" not in octets and octets.count(b"\r") == octets.count(b"\n") == ends and max(map(len, octets.split(b"\r\n"))) <= 998
 
 
 def _is_utf8(octets: bytes) -> bool:
