@@ -704,21 +704,37 @@ SINKS: dict[str, type[AnySink]] = {
 }
 CHECKS: dict[str, type[AnyCheck]] = {"http": HttpCheckConfig}
 
-#: What the file will be able to say in a later version: place (``*`` is any entry), and what
-#: cannot be had there today.
-NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool]]] = [
-    (("users",), bool),
-    (("users_file",), lambda value: value is not None),
-    (("listeners", "*", "tls"), lambda value: value in ("starttls", "required", "implicit")),
-    (("listeners", "*", "auth"), lambda value: value in ("offered", "required")),
-    (("listeners", "*", "address"), lambda value: isinstance(value, str) and value.startswith(("unix:", "fd:"))),
-    (("listeners", "*", "proxy_protocol_from"), bool),
-    (("listeners", "*", "xclient_from"), bool),
-    (("spool", "engine"), lambda value: value == "postgres"),
-    (("spool", "dsn"), lambda value: value is not None),
-    (("sinks", "*", "mx"), lambda value: value is True),
-    (("sinks", "*", "format"), lambda value: value in ("cloudevents", "sendgrid", "mailgun", "postmark")),
-    (("admin", "address"), lambda value: isinstance(value, str) and value.startswith(("unix:", "fd:"))),
+
+def _off(value: Any) -> bool:
+    return value not in (None, "off", [], {}, False)
+
+
+def _no_tcp(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("unix:", "fd:"))
+
+
+#: What the file will be able to say in a later version: place (``*`` is any entry), what cannot
+#: be had there today, and what to write instead.
+NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (("users",), _off, "leave it out"),
+    (("users_file",), _off, "leave it out"),
+    (("listeners", "*", "address"), _no_tcp, 'write "host:port"'),
+    (("listeners", "*", "protocol"), lambda value: value == "submission", 'write "smtp"'),
+    (("listeners", "*", "tls"), lambda value: value in ("starttls", "required", "implicit"), 'write "off"'),
+    (("listeners", "*", "auth"), lambda value: value in ("offered", "required"), 'write "off"'),
+    (("listeners", "*", "proxy_protocol_from"), _off, "leave it out"),
+    (("listeners", "*", "xclient_from"), _off, "leave it out"),
+    (("spool", "engine"), lambda value: value == "postgres", 'write "sqlite"'),
+    (("spool", "dsn"), _off, "leave it out"),
+    (("sinks", "*", "mx"), lambda value: value is True, "name the servers in hosts"),
+    (
+        ("sinks", "*", "format"),
+        lambda value: value in ("cloudevents", "sendgrid", "mailgun", "postmark"),
+        'write "standard" or "raw"',
+    ),
+    (("admin", "address"), _no_tcp, 'write "host:port"'),
+    (("admin", "token"), _off, "leave it out"),
+    (("admin", "token_file"), _off, "leave it out"),
 ]
 
 
@@ -1199,8 +1215,8 @@ def _plugins(group: str) -> list[str]:
 def _not_yet(tree: Mapping[str, Any]) -> list[Fault]:
     """Every use of what ``NOT_YET`` names, in unread tables and in models alike."""
     return [
-        (place, "not available yet in this version; leave it out")
-        for pattern, wanted in NOT_YET
+        (place, f"not available yet in this version; {way}")
+        for pattern, wanted, way in NOT_YET
         for place, value in _at(tree, pattern, ())
         if wanted(value)
     ]

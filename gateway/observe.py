@@ -219,14 +219,14 @@ class Telemetry:
             if value is None or value == "":
                 continue
             if key == "traceback" and isinstance(value, str):
-                trace = "".join(f"\n    {_quiet(line)}" for line in value.splitlines())
+                trace = "".join(f"\n    {quiet(line)}" for line in value.splitlines())
                 continue
             text = value if isinstance(value, str) else orjson.dumps(value).decode()
             if isinstance(value, float):
                 text = f"{value:.6g}"
             elif isinstance(value, str) and not _PLAIN_WORD.fullmatch(text):
                 text = json.dumps(text, ensure_ascii=False)
-            words.append(f"{key}={_quiet(text)}")
+            words.append(f"{key}={quiet(text)}")
         return f"{' '.join(words)}{trace}\n".encode("utf-8", "backslashreplace")
 
     # ----------------------------------------------------------------- counting
@@ -397,8 +397,8 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
-def _quiet(text: str) -> str:
-    """For a terminal: no control at all."""
+def quiet(text: str) -> str:
+    """Fit for a terminal: controls, line ends and marks of direction become escapes."""
     return re.sub(r"[\x00-\x1f]", _escape, _TREACHEROUS.sub(_escape, text))
 
 
