@@ -31,13 +31,15 @@ class Command:
                is over 63, a domain over 255 or a path over 256 octets
     parameter  MAIL or RCPT: a parameter is not ``keyword[=value]``
     duplicate  MAIL or RCPT: a parameter is given twice
-    chunk      BDAT: the size is missing, not decimal or over 2**63-1
+    chunk      BDAT: the size is missing, not decimal or over 2**63-1, or something else than
+               LAST follows it: what the next octets are is unknown
     ========== ====================================================================
     """
 
     @property
     def verb(self) -> str:
-        """Upper case; ``""`` for an empty line. Unknown verbs too, cut at 64 characters."""
+        """The first word, ASCII letters in upper case; ``""`` for an empty line, after a leading space and
+        after a newline, long, flood or utf8 fault. Unknown verbs too, cut at 64 characters."""
     @property
     def fault(self) -> str | None: ...
     @property
@@ -57,7 +59,7 @@ class Command:
         """The path began with a source route (``@a,@b:``), which was read over (RFC 5321 §F.2)."""
     @property
     def ascii(self) -> bool:
-        """True if the whole line is ASCII."""
+        """True if the whole line is ASCII; False too after a newline, long, flood or utf8 fault."""
     @property
     def params(self) -> dict[str, str | None]:
         """MAIL and RCPT: ESMTP parameters in order, keywords in upper case; empty for others."""
@@ -78,7 +80,9 @@ class Receiver:
     """
 
     def __init__(self, line_limit: int = ..., normalize: bool = ...) -> None:
-        """``normalize``: in content a bare LF becomes CRLF instead of a fault (a bare CR stays one)."""
+        """``line_limit``: 2 to FLOOD_LIMIT. ``normalize``: in content a bare LF becomes CRLF instead
+        of a fault (a bare CR stays one), and begins a line whose first dot is stuffing; but a dot
+        alone between a bare LF and a CRLF is that line: it ends nothing."""
     def feed(self, data: bytes) -> None: ...
     @property
     def pending(self) -> int:
@@ -86,16 +90,16 @@ class Receiver:
     def discard(self) -> None:
         """Forget what is pending (before TLS starts, before a close)."""
     def command(self) -> Command | None:
-        """The next command line; None if no whole line is there yet."""
+        """The next command line; None if no whole line is there yet, and after a flood."""
     def line(self, limit: int) -> bytes | None:
-        """The next line without its CRLF, at most ``limit`` octets with it; None if not whole
-        yet. An over-long or malformed line sets ``line_fault`` and comes back as ``b""``."""
+        """The next line without its CRLF, at most ``limit`` (2 to FLOOD_LIMIT) octets with it; None
+        if not whole yet. An over-long or malformed line sets ``line_fault`` and comes back as ``b""``."""
     @property
     def line_fault(self) -> str | None:
         """Fault of the last ``line``: ``"newline"``, ``"long"``, ``"flood"`` or None."""
     def begin(self, binary: bool = ...) -> None:
         """A new content begins: counters and faults start anew. ``binary``: BODY=BINARYMIME,
-        nothing is looked for in the octets."""
+        only the header is counted: no faults, no ``longest``, no ``eight_bit``."""
     def content(self) -> bytes | None:
         """The next piece of DATA content, dots unstuffed; None if there is none now.
 
@@ -145,7 +149,8 @@ class ReplyReceiver:
         """Octets a line (CRLF included) and a whole reply may have."""
     def feed(self, data: bytes) -> None: ...
     @property
-    def pending(self) -> int: ...
+    def pending(self) -> int:
+        """Octets that belong to no reply told so far: also those of a reply that is not whole."""
     def discard(self) -> None: ...
     def reply(self) -> tuple[int, list[str]] | None:
         """``(code, lines)`` of the next whole reply, None if it is not there yet or after a

@@ -1,4 +1,4 @@
-# cython: auto_pickle=False, cdivision=True, embedsignature=False, emit_code_comments=False
+# cython: auto_pickle=False, autotestdict=False, cdivision=True, emit_code_comments=False
 """The bytes: wire octets to commands, lines, content and replies, and back.
 
 Owns every loop over octets. Knows no reply text, no order of commands, no I/O.
@@ -335,8 +335,8 @@ cdef class Command:
     cdef str _domain
     cdef dict _params
 
-    def __init__(self):
-        raise TypeError("a Command is made by Receiver.command")
+    def __cinit__(self):
+        self.verb = self.argument = self._local = self._domain = ""
 
     @property
     def address(self):
@@ -361,9 +361,6 @@ cdef inline Command new_command(str verb, str fault):
     cdef Command command = Command.__new__(Command)
     command.verb = verb
     command.fault = fault
-    command.argument = ""
-    command._local = ""
-    command._domain = ""
     return command
 
 
@@ -521,6 +518,19 @@ cdef str read_chunk_size(Command command, octets_t p, octets_t e):
     return None
 
 
+cdef Py_ssize_t count_words(octets_t p, octets_t e) noexcept nogil:
+    cdef Py_ssize_t words = 0
+    cdef bint inside = False
+    while p < e:
+        if p[0] == c" ":
+            inside = False
+        elif not inside:
+            inside = True
+            words += 1
+        p += 1
+    return words
+
+
 cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
     """A line of ``n`` octets, free of controls, CRLF cut off."""
     cdef octets_t e = p + n
@@ -537,7 +547,8 @@ cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
         q = e
     verb = known_verb(p, q - p)
     if verb is None:
-        verb = any_text(p, q - p, ascii).upper()[:VERB_CHARACTERS]
+        # Of bytes: upper() of text would make a verb of what is none (U+017F becomes S).
+        verb = p[:q - p].upper().decode()[:VERB_CHARACTERS]
     command = new_command(verb, None)
     command.ascii = ascii
     while q < e and q[0] == c" ":
@@ -555,10 +566,10 @@ cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
         if q < e:
             command.fault = "syntax"
     elif verb in ("EHLO", "HELO", "LHLO"):
-        if q == e or memchr(q, c" ", e - q) != NULL:
+        if count_words(q, e) != 1:
             command.fault = "syntax"
     elif verb == "AUTH":
-        if not 1 <= len(command.argument.split()) <= 2:
+        if not 1 <= count_words(q, e) <= 2:
             command.fault = "syntax"
     elif verb == "VRFY" and q == e:
         command.fault = "syntax"
