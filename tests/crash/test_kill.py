@@ -26,6 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 import uvloop
@@ -216,8 +217,7 @@ class Session(asyncio.Protocol):
         self._greeted = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by inheritance
 
     def connection_lost(self, error: Exception | None) -> None:
         for number in self._out:
@@ -276,11 +276,9 @@ class Hook(asyncio.Protocol):
         self._ledger = ledger
         self._pick = pick
         self._buffer = bytearray()
-        self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by inheritance
 
     def data_received(self, octets: bytes) -> None:
         self._buffer += octets
@@ -299,7 +297,6 @@ class Hook(asyncio.Protocol):
                 self._answer()
 
     def _answer(self) -> None:
-        assert self._transport is not None
         if not self._transport.is_closing():
             self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
@@ -316,9 +313,8 @@ class Mta(asyncio.Protocol):
         self._data = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(b"220 upstream.test\r\n")
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by inheritance
+        self._transport.write(b"220 upstream.test\r\n")
 
     def data_received(self, octets: bytes) -> None:
         self._buffer += octets
