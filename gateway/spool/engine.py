@@ -1,0 +1,883 @@
+"""The writer thread's side of the embedded spool: one SQLite connection and what is done with it.
+
+Owns the database file, its lock, its transactions, checkpoints and free pages. Every method
+runs in the one writer thread (``Writer``), one after the other; the loop's side is
+``sqlite.py``. Knows nothing of tickets, deliveries or the loop.
+
+Invariants:
+- WAL, ``synchronous=FULL``: a commit is synced before it is told (DESIGN §4).
+- What a COMMIT that failed had written is cut off and the cut synced before anybody hears of
+  it as "known"; when that fails too, nothing is written any more (``fatal``).
+- Whatever an earlier process left in the WAL is moved into the database and synced before
+  the first commit: its pages may sit in the kernel's cache as clean and yet be on no disk.
+- The GIL is taken as seldom as can be: many rows to a statement, since each return from
+  SQLite waits for the loop's thread to let go of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import apsw
+import orjson
+
+from ..contracts import Pending, SpoolError
+from ..message import Message
+from .files import Files
+from .records import (
+    APPLICATION_ID,
+    CONTENT,
+    CONTENT_SUM,
+    FIRST_SPLIT,
+    MESSAGE_COLUMNS,
+    MESSAGE_WIDTH,
+    NUMBERS,
+    PENDING_COLUMNS,
+    PENDING_WIDTH,
+    SCHEMA,
+    SHIFT,
+    UPGRADES,
+    VERSION,
+    Columns,
+    DamagedError,
+    Snapshot,
+    Value,
+    unpack_message,
+    unpack_pending,
+)
+
+PAGE_SIZE = 8192
+
+#: Pages written since the last checkpoint that call for one: the WAL stays near 16 MiB.
+CHECKPOINT_PAGES = 2000
+
+#: Free pages that are kept for reuse: beyond the first number they are given back while the
+#: spool works, a few with each group, beyond the second when it rests.
+FREE_PAGES = 8192
+FREE_PAGES_AT_REST = 1024
+VACUUM_STEP = 32
+VACUUM_STEP_AT_REST = 1024
+
+#: A database up to this many octets is checked whole when it is opened; of a larger one only
+#: the indexes are walked, so that a restart never waits for gigabytes.
+CHECK_LIMIT = 64 * 2**20
+
+#: Rows per statement; each number is one prepared statement.
+SIZES = (64, 32, 16, 8, 4, 2, 1)
+
+#: Rows a person's command or a wake changes in one transaction.
+BATCH = 1000
+
+Action = Literal["retry", "hold", "release", "drop"]
+
+DATABASE = "spool.db"
+CONTENTS = "content"
+LOCK = "lock"
+
+
+class RefusedError(Exception):
+    """This entry can never be stored, whatever the disk does."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """What one ticket or mark adds to a group.
+
+    ``changes``: key and what the row is to be, None to delete it. ``splits``: further rows of
+    a stored message; ``split_keys`` come back."""
+
+    messages: list[Columns] = field(default_factory=list)
+    pendings: list[Columns] = field(default_factory=list)
+    changes: list[tuple[int, Snapshot | None]] = field(default_factory=list)
+    splits: list[tuple[int, Snapshot]] = field(default_factory=list)
+    split_keys: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Written:
+    """What became of a group: an error (or None) per entry, content files whose message is
+    gone, how long it took; ``trouble``: all was stored, but the checkpoint after it failed."""
+
+    errors: list[Exception | None]
+    files: list[str]
+    seconds: float
+    trouble: str | None
+
+
+@dataclass(slots=True)
+class Opened:
+    next_key: int
+    messages: int
+    counts: dict[tuple[str, str], int]
+    orphans: int
+    damage: str | None
+
+
+@dataclass(slots=True)
+class Listed:
+    """One row for a person. ``id``: the delivery's, ``message_id``: the message's."""
+
+    id: str
+    message_id: str
+    sink: str
+    state: str
+    recipients: list[str]
+    mail_from: str
+    size: int
+    attempts: int
+    due: float
+    received_at: float
+    expires_at: float
+    note: str
+
+
+@dataclass(slots=True)
+class Loaded:
+    """``content_sum`` is to be held against the file where the content lies in one."""
+
+    message: Message | None
+    content_sum: int = 0
+    damage: str | None = None
+
+
+def _rows(width: int, count: int) -> str:
+    row = "(" + ",".join("?" * width) + ")"
+    return ",".join([row] * count)
+
+
+_INSERT_MESSAGES = {size: f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES {_rows(MESSAGE_WIDTH, size)}" for size in SIZES}
+_INSERT_PENDINGS = {size: f"INSERT INTO pendings ({PENDING_COLUMNS}) VALUES {_rows(PENDING_WIDTH, size)}" for size in SIZES}
+
+# A row that a person holds stays held until a person releases it, whatever its delivery came to.
+_UPDATE_PENDINGS = {
+    size: f"""
+UPDATE pendings SET sink = v.column2,
+  state = CASE WHEN person AND v.column3 = 'queued' THEN 'held' ELSE v.column3 END,
+  person = person AND v.column3 <> 'dead',
+  priority = v.column4, due = v.column5, expires_at = v.column6, part = v.column7, attempts = v.column8, down = v.column9,
+  recipients = v.column11, note = v.column12, sum = v.column13
+FROM (VALUES {_rows(PENDING_WIDTH, size)}) AS v WHERE pendings.key = v.column1"""
+    for size in SIZES
+}
+
+_KEYS = "(SELECT value FROM json_each(?))"
+_TALLY = f"SELECT sink, state, count(*), min(key) FROM pendings WHERE key IN {_KEYS} GROUP BY sink, state"
+_DELETE_PENDINGS = f"DELETE FROM pendings WHERE key IN {_KEYS}"
+_WITHOUT_PENDINGS = f"""key IN {_KEYS}
+  AND NOT EXISTS (SELECT 1 FROM pendings WHERE key BETWEEN messages.key << {SHIFT} AND (messages.key << {SHIFT}) | {NUMBERS})"""
+_FILES_OF_SETTLED = f"SELECT file FROM messages WHERE file IS NOT NULL AND {_WITHOUT_PENDINGS}"
+_DELETE_SETTLED = f"DELETE FROM messages WHERE {_WITHOUT_PENDINGS}"
+
+_PENDING = ", ".join(f"p.{column}" for column in PENDING_COLUMNS.split(", "))
+_DUE = f"""
+SELECT {_PENDING}, (SELECT id FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p
+WHERE sink = ? AND state = 'queued' AND priority = ? AND due <= ? ORDER BY due LIMIT ?"""
+_NEXT_PRIORITY = "SELECT max(priority) FROM pendings WHERE sink = ? AND state = 'queued' AND priority < ?"
+_NEXT_DUE = "SELECT min(due) FROM pendings WHERE sink = ? AND state = 'queued' AND priority = ? AND due > ?"
+
+
+class Writer:
+    """The one thread that touches the database: runs what it is given, in order."""
+
+    def __init__(self, name: str) -> None:
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """``work`` raises nothing."""
+        self._todo.put(work)
+
+    def stop(self) -> None:
+        """Ends after what was submitted; does not wait."""
+        self._todo.put(None)
+
+    def _run(self) -> None:
+        while (work := self._todo.get()) is not None:
+            work()
+
+
+class Engine:
+    """See the module. ``fatal`` is set once and for all when nobody knows what the last
+    commit left behind: the process must exit, the next one recovers."""
+
+    def __init__(self, folder: str, vfs: str | None, files: Files) -> None:
+        self.folder = folder
+        self.contents = os.path.join(folder, CONTENTS)
+        self.fatal: str | None = None
+        self._vfs = vfs
+        self._files = files
+        self._path = os.path.join(folder, DATABASE)
+        self._lock: int | None = None
+        self._db: apsw.Connection | None = None
+        self._cursor: apsw.Cursor | None = None
+        self._page_size = PAGE_SIZE
+        self._settled = False
+        self._pages_at_checkpoint = 0
+        self._excess = 0
+        self._file_count = 0
+        self._next_split = FIRST_SPLIT
+        self._tally: dict[tuple[str, str], int] = {}
+        # No row of this sink and state has a lower key.
+        self._floor: dict[tuple[str, str], int] = {}
+
+    # ------------------------------------------------------------------ opening and closing
+
+    def open(self) -> Opened:
+        """Raises SpoolError with the way out in its text."""
+        try:
+            self._take_lock()
+            try:
+                return self._open()
+            except BaseException:
+                self.abandon()
+                raise
+        except SpoolError:
+            raise
+        except (apsw.Error, OSError) as error:
+            raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}", known=True) from error
+
+    def _take_lock(self) -> None:
+        missing = []
+        parent = self.folder
+        while not os.path.isdir(parent):
+            missing.append(parent)
+            parent = os.path.dirname(parent) or "."
+        for folder in reversed(missing):
+            self._files.mkdir(folder)
+            self._files.fsync_dir(os.path.dirname(folder) or ".")
+        self._files.mkdir(self.folder)
+        lock = self._files.open(os.path.join(self.folder, LOCK), os.O_RDWR | os.O_CREAT)
+        try:
+            if not self._files.lock(lock):
+                owner = self._files.read(lock, 32).decode("ascii", "replace").strip()
+                raise SpoolError(
+                    f"spool {self.folder} is in use by process {owner or '(unknown)'}: stop that process, or give this one another spool.path",
+                    known=True,
+                )
+            with contextlib.suppress(OSError):
+                # For people only: a full disk must not keep us from delivering.
+                self._files.truncate(lock, 0)
+                self._files.write(lock, [b"%d\n" % os.getpid()])
+        except BaseException:
+            self._files.close(lock)
+            raise
+        self._lock = lock
+
+    def _open(self) -> Opened:
+        self._files.mkdir(self.contents)
+        # The WAL takes its mode from the database: made here, it is 0600 whatever the umask.
+        self._files.close(self._files.open(self._path, os.O_RDWR | os.O_CREAT))
+        self._connect()
+        self._migrate()
+        self._files.fsync_dir(self.folder)
+        damage = self._check()
+        try:
+            self._settle()
+        except apsw.Error:
+            # A full disk, say: rows can be read; writing waits until this has come to pass.
+            self._settled = False
+        opened = self._survey()
+        opened.damage = damage
+        return opened
+
+    def _connect(self) -> None:
+        db = apsw.Connection(self._path, vfs=self._vfs)
+        self._db = db
+        self._cursor = cursor = db.cursor()
+        for pragma in (
+            f"page_size = {PAGE_SIZE}",
+            "auto_vacuum = INCREMENTAL",
+            "locking_mode = EXCLUSIVE",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "fullfsync = ON",
+            "checkpoint_fullfsync = ON",
+            "wal_autocheckpoint = 0",
+            "temp_store = MEMORY",
+            "cache_size = -8192",
+            "cell_size_check = ON",
+            "trusted_schema = OFF",
+            "secure_delete = OFF",
+        ):
+            found = cursor.execute(f"PRAGMA {pragma}").fetchall()
+            if pragma.startswith("journal_mode") and found != [("wal",)]:
+                raise SpoolError(f"spool {self.folder}: the file system cannot hold a WAL", known=True)
+        self._page_size = self._number("PRAGMA page_size")
+
+    def _migrate(self) -> None:
+        cursor = self._at
+        application = self._number("PRAGMA application_id")
+        version = self._number("PRAGMA user_version")
+        tables = self._number("SELECT count(*) FROM sqlite_schema")
+        if application != APPLICATION_ID and (application or tables):
+            raise SpoolError(f"{self._path} is a database, but not a spool of this program", known=True)
+        if version > VERSION:
+            raise SpoolError(
+                f"spool {self.folder} has schema {version}, this program knows up to {VERSION}: use the newer version that wrote it",
+                known=True,
+            )
+        if not tables:
+            cursor.execute(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT")
+            version = VERSION
+        while version < VERSION:
+            cursor.execute(f"BEGIN IMMEDIATE; {UPGRADES[version]}; PRAGMA user_version = {version + 1}; COMMIT")
+            version += 1
+
+    def _check(self) -> str | None:
+        """What is broken in the file's structure, if anything; rows are checked as they are read."""
+        if self._number("PRAGMA page_count") * self._page_size > CHECK_LIMIT:
+            return None
+        try:
+            told = [str(line) for (line,) in self._at.execute("PRAGMA quick_check(10)")]
+        except apsw.CorruptError as error:
+            told = [_words(error)]
+        return None if told == ["ok"] else "; ".join(told)
+
+    def _settle(self) -> None:
+        """Everything in the WAL is in the database, synced, and the WAL is empty."""
+        self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        self._settled = True
+        self._checkpointed()
+
+    def _survey(self) -> Opened:
+        self._tally.clear()
+        for sink, state, count, first in self._at.execute("SELECT sink, state, count(*), min(key) FROM pendings GROUP BY sink, state"):
+            self._tally[sink, state] = count
+            self._floor[sink, state] = first
+        kept = {name for (name,) in self._at.execute("SELECT file FROM messages WHERE file IS NOT NULL")}
+        self._file_count = len(kept)
+        orphans = 0
+        for name in self._files.names(self.contents):
+            if name not in kept:
+                self._files.unlink(os.path.join(self.contents, name))
+                orphans += 1
+        return Opened(
+            next_key=self._number("SELECT coalesce(max(key), 0) FROM messages") + 1,
+            messages=self._number("SELECT count(*) FROM messages"),
+            counts=dict(self._tally),
+            orphans=orphans,
+            damage=None,
+        )
+
+    def close(self) -> None:
+        """The last checkpoint, the file and the lock. Raises nothing: what is committed is safe."""
+        try:
+            if self._db is not None and self.fatal is None:
+                self._settle()
+        except apsw.Error:
+            pass
+        self.abandon()
+
+    def abandon(self) -> None:
+        if self._db is not None:
+            try:
+                self._db.close()
+            except apsw.Error:
+                self._db.close(True)
+        self._db = self._cursor = None
+        if self._lock is not None:
+            self._files.close(self._lock)
+            self._lock = None
+
+    # -------------------------------------------------------------------------- small things
+
+    @property
+    def _database(self) -> apsw.Connection:
+        if self._db is None:
+            raise SpoolError("the spool is closed", known=True)
+        return self._db
+
+    @property
+    def _at(self) -> apsw.Cursor:
+        if self._cursor is None:
+            raise SpoolError("the spool is closed", known=True)
+        return self._cursor
+
+    def _number(self, sql: str, bindings: Sequence[Value] = ()) -> int:
+        return cast(int, self._at.execute(sql, bindings).fetchall()[0][0])
+
+    def _many(self, statements: dict[int, str], rows: Sequence[Columns]) -> None:
+        """Few statements for many rows: the fewer returns from SQLite, the less waiting for the GIL."""
+        at, count = 0, len(rows)
+        execute = self._at.execute
+        for size in SIZES:
+            while count - at >= size:
+                execute(statements[size], [value for row in rows[at : at + size] for value in row])
+                at += size
+
+    # ------------------------------------------------------------------------------- writing
+
+    def write(self, entries: list[Entry]) -> Written:
+        """One transaction for all of them. Errors are told per entry: SpoolError, or RefusedError."""
+        started = time.perf_counter()
+        errors: list[Exception | None] = [None] * len(entries)
+        files: list[str] = []
+        try:
+            files = self._group(entries)
+        except RefusedError as refused:
+            # One of them spoils it for all: each on its own.
+            if len(entries) == 1:
+                errors = [refused]
+            else:
+                for number, entry in enumerate(entries):
+                    try:
+                        files += self._group([entry])
+                    except (SpoolError, RefusedError) as error:
+                        errors[number] = error
+        except SpoolError as error:
+            errors = [error] * len(entries)
+        seconds = time.perf_counter() - started
+        return Written(errors, files, seconds, self._keep_house())
+
+    def _group(self, entries: list[Entry]) -> list[str]:
+        delta: list[tuple[str, str, int, int]] = []
+        files: list[str] = []
+
+        def work() -> None:
+            messages = [self._summed(row) for entry in entries for row in entry.messages]
+            pendings = [row for entry in entries for row in entry.pendings]
+            self._many(_INSERT_MESSAGES, messages)
+            self._many(_INSERT_PENDINGS, pendings)
+            delta.extend((cast(str, row[1]), cast(str, row[2]), 1, cast(int, row[0])) for row in pendings)
+            self._file_count += sum(row[4] is not None for row in messages)
+            changes = {key: change for entry in entries for key, change in entry.changes}
+            if changes:
+                self._change(changes, [entry for entry in entries if entry.splits], delta, files)
+
+        self._transaction(work)
+        self._count(delta)
+        self._file_count -= len(files)
+        return files
+
+    def _summed(self, row: Columns) -> Columns:
+        # crc32 lets go of the GIL for more than 5 KiB: large contents are summed here, not on the loop.
+        if row[CONTENT_SUM] is None:
+            return (*row[:CONTENT_SUM], zlib.crc32(cast(bytes, row[CONTENT])), *row[CONTENT_SUM + 1 :])
+        return row
+
+    def _change(
+        self, changes: dict[int, Snapshot | None], splitting: list[Entry], delta: list[tuple[str, str, int, int]], files: list[str]
+    ) -> None:
+        keys = orjson.dumps(list(changes)).decode()
+        delta.extend(self._tallied(keys, -1))
+        kept = [change.columns(key) for key, change in changes.items() if change is not None]
+        gone = [key for key, change in changes.items() if change is None]
+        if kept:
+            self._many(_UPDATE_PENDINGS, kept)
+            stay = orjson.dumps([row[0] for row in kept]).decode()
+            delta.extend(self._tallied(stay, 1))
+        for entry in splitting:
+            self._split(entry, delta)
+        if gone:
+            self._at.execute(_DELETE_PENDINGS, (orjson.dumps(gone).decode(),))
+            self._settle_messages(gone, files)
+
+    def _settle_messages(self, gone: Iterable[int], files: list[str]) -> None:
+        """Delete the messages that have lost their last row."""
+        messages = (orjson.dumps(list({key >> SHIFT for key in gone})).decode(),)
+        if self._file_count:
+            files.extend(name for (name,) in self._at.execute(_FILES_OF_SETTLED, messages))
+        self._at.execute(_DELETE_SETTLED, messages)
+
+    def _split(self, entry: Entry, delta: list[tuple[str, str, int, int]]) -> None:
+        entry.split_keys = []
+        for message_key, snapshot in entry.splits:
+            # A person may have dropped the message meanwhile: then nothing is left to keep.
+            if not self._number("SELECT EXISTS (SELECT 1 FROM messages WHERE key = ?)", (message_key,)):
+                entry.split_keys.append(0)
+                continue
+            # A number is never given twice in the life of a process: a late mark of a dropped
+            # row must not hit another.
+            while True:
+                key = message_key << SHIFT | self._next_split
+                self._next_split = self._next_split + 1 if self._next_split < NUMBERS else FIRST_SPLIT
+                if not self._number("SELECT EXISTS (SELECT 1 FROM pendings WHERE key = ?)", (key,)):
+                    break
+            self._many(_INSERT_PENDINGS, [snapshot.columns(key)])
+            delta.append((snapshot.sink, snapshot.state, 1, key))
+            entry.split_keys.append(key)
+
+    def _tallied(self, keys: str, sign: int) -> list[tuple[str, str, int, int]]:
+        """How these rows (a JSON list of keys) count: ``(sink, state, rows, lowest key)``."""
+        found = cast("list[tuple[str, str, int, int]]", self._at.execute(_TALLY, (keys,)).fetchall())
+        return [(sink, state, sign * count, key) for sink, state, count, key in found]
+
+    def _count(self, delta: Iterable[tuple[str, str, int, int]]) -> None:
+        for sink, state, change, key in delta:
+            place = (sink, state)
+            count = self._tally.get(place, 0) + change
+            self._tally[place] = count
+            if change > 0 and key < self._floor.get(place, key + 1):
+                self._floor[place] = key
+
+    def _transaction(self, work: Callable[[], None]) -> None:
+        """Run ``work`` and commit. Raises SpoolError, or RefusedError for what no disk would take."""
+        if self.fatal is not None:
+            raise SpoolError(self.fatal, known=True)
+        execute = self._at.execute
+        files = self._file_count
+        try:
+            if not self._settled:
+                self._settle()
+            execute("BEGIN IMMEDIATE")
+            work()
+            if self._excess > 0:
+                self._vacuum(VACUUM_STEP)
+        except Exception as error:
+            self._file_count = files
+            self._roll_back(error)
+            if isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
+                raise RefusedError(_words(error)) from error
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+        try:
+            execute("COMMIT")
+        except Exception as error:
+            self._file_count = files
+            self._prove_gone(error)
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+
+    def _roll_back(self, cause: Exception) -> None:
+        if self._db is None or not self._db.in_transaction:
+            return
+        try:
+            self._at.execute("ROLLBACK")
+        except apsw.Error as error:
+            # No COMMIT was begun, so nothing can come back; but this connection is of no more use.
+            self.fatal = f"a transaction could not be rolled back: {_words(error)}"
+            raise SpoolError(self.fatal, known=True) from cause
+
+    def _prove_gone(self, cause: Exception) -> None:
+        """After a COMMIT that failed: frames with a commit mark may be in the WAL, and come back
+        after a crash. Returns once that is impossible; else sets ``fatal`` and raises.
+
+        First the way that trusts SQLite alone: move what is committed into the database and
+        truncate the WAL. On a full disk that may fail; cutting the WAL off behind the last
+        frame that counts needs no room. Either way the cut is synced and looked at."""
+        try:
+            if self._db is not None and self._db.in_transaction:
+                self._at.execute("ROLLBACK")
+            try:
+                self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                self._checkpointed()
+                good = 0
+            except Exception:
+                frames, _ = self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+                good = 32 + frames * (24 + self._page_size) if frames > 0 else 0
+            wal = self._files.open(f"{self._path}-wal", os.O_RDWR)
+            try:
+                if self._files.size(wal) > good:
+                    self._files.truncate(wal, good)
+                self._files.fsync(wal)
+                if self._files.size(wal) > good:
+                    raise OSError(errno.EIO, "the WAL would not be cut")
+            finally:
+                self._files.close(wal)
+        except Exception as error:
+            self.fatal = f"a commit failed ({_words(cause)}) and may come back ({_words(error)})"
+            raise SpoolError(self.fatal, known=False) from error
+
+    # ------------------------------------------------------------------- checkpoints and room
+
+    @property
+    def _pages_written(self) -> int:
+        return self._database.status(apsw.SQLITE_DBSTATUS_CACHE_WRITE)[0]
+
+    def _keep_house(self) -> str | None:
+        """Between groups: the WAL and the free pages stay bounded, however busy it is. A failure
+        loses nothing (the WAL has it all) but is told: the WAL must not grow without end."""
+        if self.fatal is not None or self._pages_written - self._pages_at_checkpoint < CHECKPOINT_PAGES:
+            return None
+        try:
+            self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            self._checkpointed()
+            self._excess = self._number("PRAGMA freelist_count") - FREE_PAGES
+        except Exception as error:
+            return f"checkpoint: {_words(error)}"
+        return None
+
+    def _checkpointed(self) -> None:
+        self._pages_at_checkpoint = self._pages_written
+
+    def _vacuum(self, pages: int) -> None:
+        self._at.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+        self._excess -= pages
+
+    def tidy(self) -> bool:
+        """While nothing else is to be done. True: there is more to tidy. Raises SpoolError."""
+        if self.fatal is not None or self._db is None:
+            return False
+        free = self._number("PRAGMA freelist_count")
+        if free > FREE_PAGES_AT_REST:
+            self._excess = 0
+            self._transaction(lambda: self._vacuum(min(VACUUM_STEP_AT_REST, free - FREE_PAGES_AT_REST)))
+            self._excess = 0
+        if self._pages_written > self._pages_at_checkpoint:
+            try:
+                self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            except apsw.Error as error:
+                raise SpoolError(f"checkpoint: {_words(error)}", known=True) from error
+            self._checkpointed()
+        return free > FREE_PAGES_AT_REST + VACUUM_STEP_AT_REST
+
+    def probe(self) -> None:
+        """Can it be written and synced again? Raises SpoolError or OSError."""
+
+        def work() -> None:
+            self._at.execute("UPDATE health SET probed = ?", (time.time(),))
+
+        self._transaction(work)
+        if trouble := self._keep_house():
+            raise SpoolError(trouble, known=True)
+        path = os.path.join(self.contents, ".probe")
+        probe = self._files.open(path, os.O_WRONLY | os.O_CREAT)
+        try:
+            self._files.write(probe, [b"probe\n"])
+            self._files.fsync(probe)
+        finally:
+            self._files.close(probe)
+            self._files.unlink(path)
+
+    # ------------------------------------------------------------------------------- reading
+
+    def due(self, sink: str, before: float, limit: int) -> tuple[list[Pending], list[tuple[int, str]]]:
+        """The rows, and those found damaged ``(key, why)`` (set aside already)."""
+        found: list[Pending] = []
+        damaged: list[tuple[int, str]] = []
+        priority: int | None = 1 << 31
+        while len(found) < limit:
+            # One seek per priority that is in use; rows not yet due are never walked.
+            ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
+            if priority is None:
+                break
+            for *row, message_id in self._at.execute(_DUE, (sink, priority, before, limit - len(found))).fetchall():
+                key = cast(int, row[0])
+                if message_id is None:
+                    damaged.append((key, "its message is missing"))
+                    continue
+                try:
+                    found.append(unpack_pending(tuple(row), cast(str, message_id)))
+                except DamagedError as error:
+                    damaged.append((key, str(error)))
+        for key, why in damaged:
+            self.set_aside([key], why)
+        return found, damaged
+
+    def next_due(self, sink: str, after: float) -> float | None:
+        earliest: float | None = None
+        priority: int | None = 1 << 31
+        while True:
+            ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
+            if priority is None:
+                return earliest
+            ((due,),) = cast("list[tuple[float | None]]", self._at.execute(_NEXT_DUE, (sink, priority, after)).fetchall())
+            if due is not None and (earliest is None or due < earliest):
+                earliest = due
+
+    def counts(self) -> dict[tuple[str, str], tuple[int, float]]:
+        result = {}
+        for (sink, state), count in self._tally.items():
+            if count <= 0:
+                continue
+            # Keys only grow: the walk goes on where it ended the last time.
+            found = self._at.execute(
+                "SELECT key FROM pendings NOT INDEXED WHERE key >= ? AND sink = ? AND state = ? ORDER BY key LIMIT 1",
+                (self._floor.get((sink, state), 0), sink, state),
+            ).fetchall()
+            oldest = 0.0
+            if found:
+                key = cast(int, found[0][0])
+                self._floor[sink, state] = key
+                for (received_at,) in self._at.execute("SELECT received_at FROM messages WHERE key = ?", (key >> SHIFT,)):
+                    oldest = cast(float, received_at)
+            result[sink, state] = (count, oldest)
+        return result
+
+    def load(self, keys: Sequence[int]) -> dict[int, Loaded]:
+        """Messages by key. Those without a row are not there; those that are damaged, or gone
+        although something is owed, say so."""
+        found: dict[int, Loaded] = {}
+        for key in keys:
+            try:
+                rows = self._at.execute(f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE key = ?", (key,)).fetchall()
+                if rows:
+                    row = cast(Columns, rows[0])
+                    found[key] = Loaded(unpack_message(row, self.contents), cast(int, row[CONTENT_SUM]))
+                elif self._number(
+                    f"SELECT EXISTS (SELECT 1 FROM pendings WHERE key BETWEEN ? AND ? | {NUMBERS})", (key << SHIFT, key << SHIFT)
+                ):
+                    found[key] = Loaded(None, damage="the message is missing")
+            except (DamagedError, apsw.CorruptError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                found[key] = Loaded(None, damage=_words(error))
+        return found
+
+    def set_aside(self, pendings: Sequence[int], why: str) -> None:
+        """Hold these rows with a note. Raises nothing: what cannot be written now is found again."""
+
+        def work() -> None:
+            keys = orjson.dumps(list(pendings)).decode()
+            before = self._tallied(keys, -1)
+            self._at.execute(f"UPDATE pendings SET state = 'held', person = 1, note = ? WHERE key IN {_KEYS}", (f"damaged: {why}", keys))
+            delta.extend(before + self._tallied(keys, 1))
+
+        delta: list[tuple[str, str, int, int]] = []
+        try:
+            self._transaction(work)
+        except (SpoolError, RefusedError):
+            return
+        self._count(delta)
+
+    def set_message_aside(self, key: int, why: str) -> None:
+        rows = self._at.execute(f"SELECT key FROM pendings WHERE key BETWEEN ? AND ? | {NUMBERS}", (key << SHIFT, key << SHIFT)).fetchall()
+        self.set_aside([cast(int, row[0]) for row in rows], why)
+
+    # ---------------------------------------------------------------------------- for people
+
+    def wake(self, sink: str, now: float) -> int:
+        """One batch; fewer than BATCH: that was the last."""
+        done = 0
+
+        def work() -> None:
+            nonlocal done
+            self._at.execute(
+                "UPDATE pendings SET due = min(due, ?), down = 0 WHERE key IN (SELECT key FROM pendings INDEXED BY pendings_down"
+                " WHERE sink = ? AND down = 1 AND state = 'queued' LIMIT ?)",
+                (now, sink, BATCH),
+            )
+            done = self._database.changes()
+
+        self._transaction(work)
+        return done
+
+    def select(
+        self, sink: str | None, state: str | None, ids: Sequence[str] | None, after: int, limit: int
+    ) -> list[tuple[int, Columns, str | None, bytes, int]]:
+        """Rows in the order of arrival from key ``after`` on:
+        ``(key, pending, message id, meta, size)``."""
+        terms, bindings = ["p.key > ?"], cast("list[Value]", [after])
+        if sink is not None:
+            terms.append("p.sink = ?")
+            bindings.append(sink)
+        if state is not None:
+            terms.append("p.state = ?")
+            bindings.append(state)
+        if ids is not None:
+            ranges = []
+            for id in ids:
+                for key, part in self._find(id):
+                    ranges.append(f"(p.key BETWEEN ? AND ? {'AND p.part = ?' if part else ''})")
+                    bindings += [key << SHIFT, key << SHIFT | NUMBERS, *([part] if part else [])]
+            if not ranges:
+                return []
+            terms.append(f"({' OR '.join(ranges)})")
+        # The index helps where few match; where many do, the order of arrival is the short way.
+        few = sum(count for (a, b), count in self._tally.items() if sink in (None, a) and state in (None, b)) < 10 * BATCH
+        indexed = "" if few or ids is not None else "NOT INDEXED"
+        rows = self._at.execute(
+            f"SELECT {_PENDING}, m.id, m.meta, m.size FROM pendings AS p {indexed} LEFT JOIN messages AS m ON m.key = p.key >> {SHIFT}"
+            f" WHERE {' AND '.join(terms)} ORDER BY p.key LIMIT ?",
+            (*bindings, limit),
+        ).fetchall()
+        return [
+            (cast(int, row[0]), cast(Columns, row[:PENDING_WIDTH]), *cast("tuple[str, bytes, int]", row[PENDING_WIDTH:])) for row in rows
+        ]
+
+    def _find(self, id: str) -> list[tuple[int, int]]:
+        """Message keys for a message id ``(key, 0)`` or a delivery id ``(key, part)``."""
+        found = [(cast(int, row[0]), 0) for row in self._at.execute("SELECT key FROM messages WHERE id = ?", (id,)).fetchall()]
+        stem, _, part = id.rpartition("_")
+        if not found and stem and part.isascii() and part.isdigit():
+            found = [
+                (cast(int, row[0]), int(part)) for row in self._at.execute("SELECT key FROM messages WHERE id = ?", (stem,)).fetchall()
+            ]
+        return found
+
+    def listed(self, sink: str | None, state: str | None, message_id: str | None, limit: int) -> list[Listed]:
+        result = []
+        for _, pending, id, meta, size in self.select(sink, state, None if message_id is None else [message_id], 0, limit):
+            try:
+                row = unpack_pending(pending, id or "")
+                told: dict[str, Any] = orjson.loads(meta)
+                envelope = told["envelope"]
+                addresses = [envelope["recipients"][number]["address"] for number in row.recipients]
+                mail_from, received_at = envelope["mail_from"], told["received_at"]
+            except (DamagedError, ValueError, TypeError, KeyError, IndexError):
+                addresses, mail_from, received_at = [], "", 0.0
+                row = Pending(id or "", cast(str, pending[1]), (), cast(float, pending[4]), cast(float, pending[5]))
+                row.state, row.note = cast(Any, pending[2]), cast(str, pending[11])
+            result.append(
+                Listed(
+                    row.delivery_id,
+                    id or "",
+                    row.sink,
+                    row.state,
+                    addresses,
+                    mail_from,
+                    size or 0,
+                    row.attempts,
+                    row.due,
+                    received_at,
+                    row.expires_at,
+                    row.note,
+                )
+            )
+        return result
+
+    def change(
+        self, ids: Sequence[str] | None, action: Action, sink: str | None, state: str | None, now: float, after: int
+    ) -> tuple[int, int, list[str]]:
+        """One batch: ``(rows changed, key to go on after or 0, content files that are gone)``."""
+        reach = {"retry": ("queued", "held", "dead"), "hold": ("queued",), "release": ("held",), "drop": ("queued", "held", "dead")}[action]
+        rows = self.select(sink, state, ids, after, BATCH)
+        keys = [key for key, pending, *_ in rows if pending[2] in reach]
+        delta: list[tuple[str, str, int, int]] = []
+        files: list[str] = []
+
+        def work() -> None:
+            told = (orjson.dumps(keys).decode(),)
+            delta.extend(self._tallied(told[0], -1))
+            if action == "drop":
+                self._at.execute(_DELETE_PENDINGS, told)
+                self._settle_messages(keys, files)
+                return
+            if action == "hold":
+                self._at.execute(f"UPDATE pendings SET state = 'held', person = 1 WHERE key IN {_KEYS}", told)
+            elif action == "release":
+                self._at.execute(f"UPDATE pendings SET state = 'queued', person = 0 WHERE key IN {_KEYS}", told)
+            else:
+                # What had expired gets as much time again.
+                self._at.execute(
+                    "UPDATE pendings SET state = 'queued', person = 0, down = 0, due = ?1, expires_at = CASE WHEN expires_at > ?1"
+                    " THEN expires_at ELSE ?1 + max(60.0, expires_at - coalesce("
+                    f"(SELECT received_at FROM messages WHERE key = pendings.key >> {SHIFT}), expires_at)) END WHERE key IN"
+                    " (SELECT value FROM json_each(?2))",
+                    (now, *told),
+                )
+            delta.extend(self._tallied(told[0], 1))
+
+        if keys:
+            self._transaction(work)
+            self._count(delta)
+            self._file_count -= len(files)
+        return len(keys), rows[-1][0] if len(rows) == BATCH else 0, files
+
+    def find_message(self, message_id: str) -> Loaded | None:
+        """By message or delivery id. Raises LookupError."""
+        found = self._find(message_id)
+        if not found:
+            raise LookupError(f"no message {message_id} in the spool")
+        return self.load([found[0][0]]).get(found[0][0])
+
+
+def _words(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return f"{type(error).__name__}: {text}" if isinstance(error, apsw.Error) else text
