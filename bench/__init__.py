@@ -1,0 +1,1 @@
+"""Measurements, and the command that repeats them: ``python -m bench`` (``make bench``)."""
