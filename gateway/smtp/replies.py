@@ -89,11 +89,43 @@ LOOP: Final = Reply(554, "5.4.6", "routing loop: too many Received fields")
 # -------------------------------------------------------------- no more of this
 
 TOO_EARLY: Final = Reply(554, "5.5.0", "you sent on before our reply, closing")
-NOT_HTTP: Final = Reply(554, "5.5.0", "SMTP is spoken here, closing")
+NOT_SMTP: Final = Reply(554, "5.5.0", "SMTP is spoken here, closing")
 NOT_TLS: Final = Reply(554, "5.5.0", "TLS is not spoken on this port, closing")
 NO_XCLIENT: Final = Reply(550, "5.7.0", "not allowed from your address")
 NO_PROXY: Final = Reply(500, "5.5.2", "PROXY is not allowed from your address, closing")
 BAD_CHUNK: Final = Reply(501, "5.5.4", "say BDAT size [LAST]; without a size we cannot go on, closing")
+
+
+@lru_cache(maxsize=64)
+def greeting(hostname: str, lmtp: bool) -> Reply:
+    """220 with our name first (RFC 5321 §4.2)."""
+    return Reply(220, "", f"{hostname} {'LMTP' if lmtp else 'ESMTP'}")
+
+
+@lru_cache(maxsize=64)
+def greeted(hostname: str) -> Reply:
+    """250 to HELO."""
+    return Reply(250, "", hostname)
+
+
+@lru_cache(maxsize=64)
+def offer(hostname: str, message_size: int, recipients: int, binarymime: bool) -> bytes:
+    """250 to EHLO and LHLO: our name, then what we offer, a line each."""
+    lines = [
+        hostname,
+        "PIPELINING",
+        f"SIZE {message_size}",
+        "8BITMIME",
+        "SMTPUTF8",
+        "ENHANCEDSTATUSCODES",
+        "CHUNKING",
+        *(["BINARYMIME"] if binarymime else []),
+        "DSN",
+        # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
+        f"LIMITS RCPTMAX={recipients}",
+    ]
+    *others, last = lines
+    return "".join([*(f"250-{line}\r\n" for line in others), f"250 {last}\r\n"]).encode()
 
 
 @lru_cache(maxsize=64)
@@ -109,7 +141,7 @@ def chunk_over_limit(limit: int) -> Reply:
 
 
 #: After one of these the connection ends.
-CLOSING: Final = frozenset({TOO_EARLY, NOT_HTTP, NOT_TLS, NO_PROXY, BAD_CHUNK})
+CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK})
 
 #: Faults of a line whatever its verb (``Command.fault``).
 LINE_FAULTS: Final = {"newline": BARE_COMMAND, "long": LINE_TOO_LONG, "flood": FLOOD, "utf8": NOT_UTF8}

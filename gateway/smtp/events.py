@@ -1,0 +1,124 @@
+"""What a ServerSession is told and what it tells: Rules in, events out.
+
+Plain values, no behaviour. The session in ``server.py`` says when each event comes; whoever
+drives it carries them out in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..contracts import Question, Transaction
+from ..reply import Reply
+from ..route import Routes
+
+Stage = Literal["connect", "mail", "recipient", "data", "command"]
+
+
+@dataclass(slots=True)
+class Rules:
+    """What a listener asks of its sessions. Shared by them, replaced whole on reload;
+    only ``shortage`` changes in place.
+
+    ``message_size`` in octets. ``binarymime``: every route's sink carries it. ``client_checks``,
+    ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
+    names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
+    it, and with a 421 every new connection."""
+
+    hostname: str
+    routes: Routes
+    protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
+    message_size: int = 25 * 2**20
+    recipients: int = 1000
+    hops: int = 100
+    long_lines: Literal["accept", "reject"] = "accept"
+    bare_newlines: Literal["reject", "normalize"] = "reject"
+    tls: Literal["off", "starttls", "required", "implicit"] = "off"
+    auth: Literal["off", "offered", "required"] = "off"
+    binarymime: bool = True
+    client_checks: tuple[str, ...] = ()
+    sender_checks: tuple[str, ...] = ()
+    recipient_checks: frozenset[str] = frozenset()
+    shortage: Reply | None = None
+
+
+# ----------------------------------------------------------------------- events
+
+
+@dataclass(slots=True)
+class Asked:
+    """These checks must be run; the session waits for ``verdict``."""
+
+    question: Question
+    checks: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class ClientAsked(Asked):
+    """Before the greeting."""
+
+
+@dataclass(slots=True)
+class SenderAsked(Asked):
+    """MAIL is well formed."""
+
+
+@dataclass(slots=True)
+class RecipientAsked(Asked):
+    """RCPT has a route."""
+
+
+@dataclass(slots=True)
+class MailStarted:
+    """The recipients stand; content comes."""
+
+    transaction: Transaction
+
+
+@dataclass(slots=True)
+class MailContent:
+    """The next piece of content: the parser's own object, never empty."""
+
+    number: int
+    octets: bytes
+
+
+@dataclass(slots=True)
+class MailFinished:
+    """The content is whole and the wire is content with it; the facts of the transaction are
+    set. ``answer(number, …)`` is owed."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class MailAborted:
+    """A started mail will never finish."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class Refused:
+    """A 4yz or 5yz was said; ``address`` as the client gave it, where there is one."""
+
+    stage: Stage
+    reply: Reply
+    address: str | None
+
+
+@dataclass(slots=True)
+class AuthWanted:
+    """The client began AUTH with this mechanism."""
+
+    mechanism: str
+    initial: bytes | None
+
+
+@dataclass(slots=True)
+class TLSWanted:
+    """220 is the last thing said in clear; the handshake comes next."""
+
+
+Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | AuthWanted | TLSWanted

@@ -1,0 +1,132 @@
+"""What a ServerSession decides about a command or a content, apart from what it then does.
+
+Pure functions: they look and give back a Reply that refuses, or None (or the Route) where all
+is well; the session alone changes anything. The order in which they look is the order in which
+a client with several faults hears of them. Rows C, B, F, R and L of the reference.
+"""
+
+from __future__ import annotations
+
+from .._parser import Command, Receiver
+from ..contracts import Transaction
+from ..message import Client, Recipient
+from ..reply import Reply
+from ..route import Route
+from . import replies
+from .esmtp import mail_parameters, rcpt_parameters
+from .events import Rules
+
+#: Octets of a text line without its CRLF (RFC 5321 §4.5.3.1.6).
+TEXT_LINE = 998
+#: Octets of the name that a client gives itself (RFC 5321 §4.5.3.1.2).
+NAME = 255
+
+
+def hello(command: Command) -> Reply | None:
+    name = command.argument
+    if command.fault is not None or not name or len(name.encode()) > NAME:
+        return replies.HELO_SYNTAX
+    return None
+
+
+def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction | None, command: Command) -> Reply | None:
+    if not greeted:
+        return replies.SAY_LHLO if rules.protocol == "lmtp" else replies.SAY_HELLO
+    if transaction is not None:
+        return replies.NESTED_MAIL
+    if rules.tls == "required" and client.tls is None:
+        return replies.TLS_NEEDED
+    if rules.auth == "required" and client.user is None:
+        return replies.AUTH_NEEDED
+    if rules.shortage is not None:
+        return rules.shortage
+    fault = command.fault
+    if fault is not None:
+        return replies.MAIL_FAULTS[fault]
+    params = command.params
+    if not command.ascii and "SMTPUTF8" not in params and not (command.address or "").isascii():
+        return replies.UTF8_SENDER
+    if params:
+        return mail_parameters(params, rules.message_size, rules.binarymime)
+    return None
+
+
+def rcpt(transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
+    """Faults of the command; the merits of the recipient come after (``recipient``)."""
+    if transaction is None:
+        return replies.NO_SENDER
+    if chunks_begun:
+        return replies.CHUNKS_BEGUN
+    fault = command.fault
+    if fault is not None:
+        return replies.RCPT_FAULTS[fault]
+    params = command.params
+    if params:
+        return rcpt_parameters(params, transaction.envelope.utf8)
+    return None
+
+
+def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route | Reply:
+    if not command.ascii and not transaction.envelope.utf8 and not (command.address or "").isascii():
+        return replies.UTF8_RECIPIENT
+    routes = transaction.routes
+    if len(routes) >= rules.recipients:
+        return replies.TOO_MANY_RECIPIENTS
+    route = rules.routes.find(command.local, command.domain, transaction.client)
+    if isinstance(route, Reply) or not routes or route is routes[0] or _same_promise(route, routes[0]):
+        return route
+    return replies.OTHER_PROMISE
+
+
+def _same_promise(one: Route, other: Route) -> bool:
+    """One reply after the end of data can be true for both."""
+    if one.acknowledge != other.acknowledge:
+        return False
+    return one.acknowledge == "durable" or (one.acknowledge_timeout == other.acknowledge_timeout and one.fallback == other.fallback)
+
+
+def named(rules: Rules, command: Command) -> Recipient:
+    """The recipient of a RCPT that is well formed; ``<Postmaster>`` is ours (RFC 5321 §4.5.1)."""
+    local, domain = command.local, command.domain
+    if domain:
+        return Recipient(command.address or "", local, domain, command.params)
+    return Recipient(f"{local}@{rules.hostname}", local, rules.hostname.lower(), command.params)
+
+
+def data(rules: Rules, transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
+    if command.argument:
+        return replies.NO_ARGUMENT
+    if transaction is None:
+        return replies.NO_SENDER
+    if chunks_begun:
+        return replies.CHUNKS_BEGUN
+    if transaction.envelope.binary:
+        return replies.BINARY_BY_DATA
+    return None if transaction.routes else _no_recipients(rules)
+
+
+def chunk(rules: Rules, transaction: Transaction | None, total: int) -> Reply | None:
+    """``total``: octets of this chunk and those before it."""
+    if transaction is None:
+        return replies.NO_SENDER
+    if not transaction.routes:
+        return _no_recipients(rules)
+    return replies.over_limit(rules.message_size) if total > rules.message_size else None
+
+
+def _no_recipients(rules: Rules) -> Reply:
+    return replies.NO_RECIPIENTS_LMTP if rules.protocol == "lmtp" else replies.NO_RECIPIENTS
+
+
+def content(rules: Rules, receiver: Receiver) -> Reply | None:
+    """After the true end of the content. What smells of smuggling comes before what is merely too much."""
+    fault = receiver.content_fault
+    if fault is not None:
+        return replies.CONTENT_FAULTS[fault]
+    if receiver.size > rules.message_size:
+        return replies.over_limit(rules.message_size)
+    if receiver.hops > rules.hops:
+        return replies.LOOP
+    if rules.long_lines == "reject" and receiver.longest > TEXT_LINE:
+        return replies.LONG_LINE
+    return None
