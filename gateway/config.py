@@ -73,6 +73,7 @@ __all__ = [
     "StdoutConfig",
     "WebhookConfig",
     "split_address",
+    "state_folder",
 ]
 
 
@@ -857,13 +858,11 @@ class Config(Head):
             route["clients"] = list(clients)
         elif any(issubclass(SINKS[sink["type"]], Upstream) for sink in sinks.values()):
             route["clients"] = ["127.0.0.0/8", "::1/128"]
-        state = variables.get("XDG_STATE_HOME") or ""
-        home = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
         table = {
             "listeners": [{"address": address} for address in listen],
             "sinks": sinks,
             "routes": [route],
-            "spool": {"path": str(home / "gateway-smtp" / "spool" if spool is None else Path(spool).absolute())},
+            "spool": {"path": str(state_folder(variables) if spool is None else Path(spool).absolute())},
         }
         return cls.parse(table, environment=variables, flags=flags)
 
@@ -913,6 +912,13 @@ def _machine_name() -> str:
         return _hostname(os.uname().nodename)
     except ValueError:
         return "localhost"
+
+
+def state_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """Where a gateway without a file keeps its spool (XDG Base Directory Specification)."""
+    state = (os.environ if environment is None else environment).get("XDG_STATE_HOME") or ""
+    home = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
+    return home / "gateway-smtp" / "spool"
 
 
 def _sink_of(url: str) -> dict[str, Any]:

@@ -1,0 +1,712 @@
+"""The command ``gateway``.
+
+Owns what is typed and what is printed; every command asks the part that knows. Whatever
+costs time to import is imported in the command that needs it, so that ``--help`` is there at
+once.
+
+Exit codes: 0 good, 1 refused or faulty input, 2 usage. Faults of a configuration go to
+standard error, one a line, with their place in the file. Text that came out of mail is never
+printed raw: a terminal must not be steered by an address.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .config import Config, ListenerConfig
+    from .route import Route, Routes
+    from .smtp.server import Event, Rules
+
+#: Taken where nothing else is said, if it is there.
+DEFAULT_FILE = Path("gateway.toml")
+#: Rows that ``queue list`` shows unless told otherwise.
+LIST_LIMIT = 100
+
+CONFIG = click.option(
+    "-c", "--config", "file", type=click.Path(path_type=Path), help="The configuration; gateway.toml here if it is there."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="gateway %(version)s")
+def cli() -> None:
+    """An SMTP gateway: takes mail, promises only what is safe, carries it to relays and webhooks."""
+
+
+def main() -> None:
+    """What ``gateway`` and ``python -m gateway`` run."""
+    cli(prog_name="gateway")
+
+
+# ---------------------------------------------------------------------------- the file
+
+
+class Refused(click.ClickException):
+    """Faulty or refused input: its lines on standard error, exit code 1."""
+
+    exit_code = 1
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.message, err=True)
+
+
+def _file(file: Path | None) -> Path:
+    if file is not None:
+        return file
+    if DEFAULT_FILE.is_file():
+        return DEFAULT_FILE
+    raise click.UsageError("Name the configuration with -c FILE (there is no gateway.toml here).")
+
+
+def _load(file: Path, flags: dict[str, Any] | None = None) -> Config:
+    from .config import Config, ConfigError
+
+    try:
+        return Config.load(file, flags=flags)
+    except ConfigError as error:
+        raise Refused(error.faults) from None
+
+
+# -------------------------------------------------------------------------- the commands
+
+
+@cli.command()
+@CONFIG
+@click.option("--listen", multiple=True, metavar="ADDR", help="Without a file: host:port to listen on; may be repeated.")
+@click.option(
+    "--to",
+    multiple=True,
+    metavar="URL",
+    help="Without a file: http(s)://…, smtp://host:port, lmtp://host:port, file:///folder, stdout: or discard:; each gets a copy.",
+)
+@click.option("--clients", multiple=True, metavar="NETWORK", help="Without a file: who may send (toward smtp and lmtp: loopback only).")
+@click.option("--spool", type=click.Path(file_okay=False, path_type=Path), help="Folder for what was promised and is not yet carried.")
+@click.option("--hostname", help="The name in the banner, EHLO and Received.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes; 0 is one per core.")
+@click.option("--log", type=click.Choice(["json", "text", "none"]), default="json", show_default=True, help="Events on standard error.")
+def serve(
+    file: Path | None,
+    listen: tuple[str, ...],
+    to: tuple[str, ...],
+    clients: tuple[str, ...],
+    spool: Path | None,
+    hostname: str | None,
+    workers: int | None,
+    log: str,
+) -> None:
+    """Take mail and carry it, until SIGTERM or Ctrl-C.
+
+    With a file (-c), or without one: gateway serve --listen 127.0.0.1:2525 --to http://127.0.0.1:8000/inbound
+    """
+    from .config import Config, ConfigError
+
+    flags: dict[str, Any] = {"hostname": hostname, "workers": workers}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    quick = bool(listen or to or clients)
+    if quick and file is not None:
+        raise click.UsageError("--listen, --to and --clients stand in the place of a file: give them or -c.")
+    if quick and not to:
+        raise click.UsageError("Say where mail goes: --to URL.")
+    try:
+        if quick:
+            path = None
+            config = Config.quick(listen or ("127.0.0.1:2525",), to, clients or None, spool, flags=flags)
+        else:
+            path = str(_file(file))
+            if spool is not None:
+                flags["spool.path"] = str(spool.absolute())
+            config = Config.load(path, flags=flags)
+
+        from . import app
+
+        code = app.serve(config, log=log, config_path=path)
+    except ConfigError as error:
+        raise Refused(error.faults) from None
+    sys.exit(code)
+
+
+@cli.command()
+@CONFIG
+@JSON
+def check(file: Path | None, as_json: bool) -> None:
+    """Tell every fault of a configuration at once; opens no port and no spool."""
+    from .config import Config, ConfigError
+
+    path = _file(file)
+    faults: list[str] = []
+    warnings: list[str] = []
+    try:
+        warnings = Config.load(path).warnings()
+    except ConfigError as error:
+        faults = error.faults
+    if as_json:
+        _print_json({"file": str(path), "faults": faults, "warnings": warnings})
+        sys.exit(1 if faults else 0)
+    if faults:
+        raise Refused(faults)
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{path}: good")
+
+
+@cli.command()
+@CONFIG
+@click.option("--client", required=True, metavar="IP", help="Who sends.")
+@click.option("--from", "sender", required=True, metavar="ADDRESS", help="Reverse-path; '' is the null one of bounces.")
+@click.option("--to", "recipient", required=True, metavar="ADDRESS")
+@click.option("--helo", default="client.example", show_default=True, metavar="NAME")
+@click.option("--user", metavar="NAME", help="As if this user had logged in.")
+@click.option("--listener", "address", metavar="ADDR", help="Which listener, if there are several; the first unless said.")
+@JSON
+def explain(
+    file: Path | None, client: str, sender: str, recipient: str, helo: str, user: str | None, address: str | None, as_json: bool
+) -> None:
+    """Tell what would become of one mail: listener, checks, route, sinks and the reply.
+
+    Says the mail to a real session of the listener, up to DATA. Checks are named but not asked.
+    """
+    from ipaddress import ip_address
+
+    for hint, value in (("--from", sender), ("--to", recipient), ("--helo", helo)):
+        if not value.isprintable():
+            raise click.BadParameter("Has a control character.", param_hint=hint)
+    config = _load(_file(file))
+    try:
+        ip = str(ip_address(client))
+    except ValueError:
+        raise click.BadParameter(f"{client!r} is no IP address.", param_hint="--client") from None
+    listeners = {listener.address: listener for listener in config.listeners}
+    if address is not None and address not in listeners:
+        raise click.BadParameter(f"The file has {', '.join(listeners)}.", param_hint="--listener")
+    told = _explained(config, listeners[address] if address else config.listeners[0], ip, sender, recipient, helo, user)
+    if as_json:
+        _print_json(told)
+    else:
+        _print_explained(told)
+    sys.exit(0 if told["accepted"] else 1)
+
+
+@cli.command()
+@click.argument("server", required=False)
+@click.option("--server", "server_option", metavar="ADDR", help="host:port or unix:/path; 127.0.0.1:2525 unless said.")
+@click.option("--from", "sender", default="sender@client.example", show_default=True, metavar="ADDRESS")
+@click.option("--to", "recipients", multiple=True, required=True, metavar="ADDRESS", help="May be repeated.")
+@click.option("--subject")
+@click.option("--text", help="The text of the mail.")
+@click.option("--attach", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="May be repeated.")
+@click.option("--message", type=click.Path(path_type=Path), help="Send this file instead, octet for octet; '-' is standard input.")
+@click.option("--lmtp", is_flag=True, help="Speak LMTP.")
+@click.option("--helo", default="", metavar="NAME", help="The machine's name unless said.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds for each reply.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not show the dialogue.")
+def send(
+    server: str | None,
+    server_option: str | None,
+    sender: str,
+    recipients: tuple[str, ...],
+    subject: str | None,
+    text: str | None,
+    attach: tuple[Path, ...],
+    message: Path | None,
+    lmtp: bool,
+    helo: str,
+    timeout: float,
+    quiet: bool,
+) -> None:
+    """Send one test mail and show the dialogue."""
+    from .tools import send as tool
+
+    if server is not None and server_option is not None:
+        raise click.UsageError("Name the server once.")
+    if message is not None and (subject is not None or text is not None or attach):
+        raise click.UsageError("--message is the whole mail: --subject, --text and --attach cannot be added.")
+    code = tool.run(
+        server or server_option or "127.0.0.1:2525",
+        sender,
+        recipients,
+        subject=subject,
+        text=text,
+        attachments=attach,
+        message=message,
+        protocol="lmtp" if lmtp else "smtp",
+        helo=helo,
+        timeout=timeout,
+        quiet=quiet,
+    )
+    sys.exit(code)
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="End after the first mail.")
+def demo(once: bool) -> None:
+    """The first minute: gateway, webhook receiver, and one mail through both."""
+    from .tools import demo as tool
+
+    sys.exit(tool.run(once))
+
+
+@cli.command()
+@JSON
+def version(as_json: bool) -> None:
+    """Versions of the gateway and of what it stands on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    versions = {"gateway": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in ("uvloop", "apsw", "orjson", "pydantic", "pyreqwest", "aiohttp", "fast-mail-parser", "prometheus-client", "click"):
+        try:
+            versions[package] = installed(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+    if as_json:
+        _print_json(versions)
+        return
+    for name, number in versions.items():
+        click.echo(f"{name:<18}{number}")
+
+
+# -------------------------------------------------------------------------------- queue
+
+
+SPOOL = click.option("--spool", type=click.Path(file_okay=False, path_type=Path), help="The spool's folder, instead of a configuration.")
+SINK = click.option("--sink", metavar="NAME", help="Only what this sink is owed.")
+STATE = click.option("--state", type=click.Choice(["queued", "held", "dead"]), help="Only rows in this state.")
+IDS = click.argument("ids", nargs=-1, metavar="[ID]...")
+ALL = click.option("--all", "everything", is_flag=True, help="Without IDs and --sink: all of them.")
+
+
+@cli.group()
+def queue() -> None:
+    """See and change what was promised and is not yet carried.
+
+    Works on a running gateway and on a stopped one. An ID is that of a message or of one of its deliveries.
+    """
+
+
+@queue.command("list")
+@CONFIG
+@SPOOL
+@SINK
+@STATE
+@click.option("--limit", type=click.IntRange(min=1), default=LIST_LIMIT, show_default=True, help="Rows, the oldest first.")
+@JSON
+def queue_list(file: Path | None, spool: Path | None, sink: str | None, state: str | None, limit: int, as_json: bool) -> None:
+    """What waits, for whom, since when, and why."""
+    # One more than is shown tells whether there are more.
+    rows = _Shards(file, spool).rows(sink=sink, state=state, limit=limit + 1)
+    rows, more = rows[:limit], len(rows) > limit
+    if as_json:
+        _print_json(rows)
+        return
+    _print_rows(rows)
+    if more:
+        click.echo(f"There are more than {limit}; --limit shows them.", err=True)
+
+
+@queue.command("show")
+@CONFIG
+@SPOOL
+@click.argument("id")
+@JSON
+def queue_show(file: Path | None, spool: Path | None, id: str, as_json: bool) -> None:
+    """All that is known of one message, and its header."""
+    from .observe import quiet
+
+    shards = _Shards(file, spool)
+    rows = shards.rows(message_id=id, limit=10_000)
+    if not rows:
+        raise Refused([f"{quiet(id)}: no such message in the queue"])
+    header = shards.export(id).partition(b"\r\n\r\n")[0].decode("utf-8", "replace")
+    if as_json:
+        _print_json({"rows": rows, "header": header})
+        return
+    for row in rows:
+        for name, value in row.items():
+            click.echo(f"{name:<14}{quiet(_shown(name, value))}")
+        click.echo()
+    for line in header.split("\r\n"):
+        click.echo(quiet(line))
+
+
+@queue.command("retry")
+@CONFIG
+@SPOOL
+@IDS
+@SINK
+@ALL
+def queue_retry(file: Path | None, spool: Path | None, ids: tuple[str, ...], sink: str | None, everything: bool) -> None:
+    """Try now what waits for its time (or for its sink)."""
+    _change(file, spool, "retry", ids, sink, "queued", everything)
+
+
+@queue.command("replay")
+@CONFIG
+@SPOOL
+@IDS
+@SINK
+@ALL
+def queue_replay(file: Path | None, spool: Path | None, ids: tuple[str, ...], sink: str | None, everything: bool) -> None:
+    """Try dead letters once more, with as much time again."""
+    _change(file, spool, "retry", ids, sink, "dead", everything)
+
+
+@queue.command("hold")
+@CONFIG
+@SPOOL
+@IDS
+@SINK
+@ALL
+def queue_hold(file: Path | None, spool: Path | None, ids: tuple[str, ...], sink: str | None, everything: bool) -> None:
+    """Try these no more until they are released."""
+    _change(file, spool, "hold", ids, sink, "queued", everything)
+
+
+@queue.command("release")
+@CONFIG
+@SPOOL
+@IDS
+@SINK
+@ALL
+def queue_release(file: Path | None, spool: Path | None, ids: tuple[str, ...], sink: str | None, everything: bool) -> None:
+    """Go on with what was held."""
+    _change(file, spool, "release", ids, sink, "held", everything)
+
+
+@queue.command("drop")
+@CONFIG
+@SPOOL
+@IDS
+@SINK
+@STATE
+@ALL
+def queue_drop(file: Path | None, spool: Path | None, ids: tuple[str, ...], sink: str | None, state: str | None, everything: bool) -> None:
+    """Forget these for good: nobody gets them, and nobody is told."""
+    _change(file, spool, "drop", ids, sink, state, everything)
+
+
+@queue.command("export")
+@CONFIG
+@SPOOL
+@click.argument("id")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Into this file instead of standard output.")
+def queue_export(file: Path | None, spool: Path | None, id: str, output: Path | None) -> None:
+    """The octets of one message, with our trace header, as they would be relayed."""
+    content = _Shards(file, spool).export(id)
+    if output is None:
+        click.get_binary_stream("stdout").write(content)
+        return
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise Refused([f"{output}: cannot be written: {error.strerror}"]) from None
+
+
+def _change(
+    file: Path | None, spool: Path | None, action: str, ids: tuple[str, ...], sink: str | None, state: str | None, everything: bool
+) -> None:
+    if ids and everything:
+        raise click.UsageError("Give IDs or --all.")
+    if not ids and sink is None and not everything:
+        raise click.UsageError("Say which: IDs, --sink NAME or --all.")
+    changed = _Shards(file, spool).change(action=action, ids=list(ids) or None, sink=sink, state=state)
+    click.echo(f"{changed} changed")
+    if ids and not changed:
+        raise Refused(
+            [f"{'no such' if state is None else f'no {state}'} message in the queue under {'this ID' if len(ids) == 1 else 'these IDs'}"]
+        )
+
+
+class _Shards:
+    """The shards of a spool: each asked through its living worker, or opened where none lives."""
+
+    def __init__(self, file: Path | None, spool: Path | None) -> None:
+        """Raises Refused where there is no spool."""
+        if spool is None:
+            spool = _spool_of(file)
+        try:
+            folders = [folder for folder in spool.iterdir() if folder.name.isdigit() and folder.is_dir()]
+        except OSError as error:
+            raise Refused([f"{spool}: there is no spool: {error.strerror}"]) from None
+        if not folders:
+            raise Refused([f"{spool}: there is no spool in this folder"])
+        self._folders = sorted(folders, key=lambda folder: int(folder.name))
+
+    def rows(self, **filters: Any) -> list[dict[str, Any]]:
+        """The oldest first."""
+        limit = filters["limit"]
+        rows = [row for folder in self._folders for row in self._ask(folder, "rows", **filters)]
+        return sorted(rows, key=lambda row: float(row["received_at"]))[:limit]
+
+    def change(self, **what: Any) -> int:
+        return sum(int(self._ask(folder, "change", **what)) for folder in self._folders)
+
+    def export(self, message_id: str) -> bytes:
+        """Raises Refused where no shard has it."""
+        import base64
+
+        from .observe import quiet
+
+        for folder in self._folders:
+            # Asked first, so that a refusal of ``export`` is about the message and not about the shard.
+            if self._ask(folder, "rows", message_id=message_id, limit=1):
+                content = self._ask(folder, "export", message_id=message_id)
+                return content if isinstance(content, bytes) else base64.b64decode(content)
+        raise Refused([f"{quiet(message_id)}: no such message in the queue"])
+
+    def _ask(self, folder: Path, op: str, **arguments: Any) -> Any:
+        from .admin import control
+
+        try:
+            return control.call(folder / control.NAME, op, **arguments)
+        except control.ControlError as error:
+            raise Refused([f"{folder}: {error}"]) from None
+        except (FileNotFoundError, ConnectionRefusedError):
+            return self._stopped(folder, op, arguments)
+        except OSError as error:
+            raise Refused([f"{folder}: cannot speak to the gateway: {error.strerror or error}"]) from None
+
+    @staticmethod
+    def _stopped(folder: Path, op: str, arguments: dict[str, Any]) -> Any:
+        """Ask the spool itself: nobody lives there."""
+        import asyncio
+        from dataclasses import asdict
+
+        from .contracts import SpoolError
+        from .observe import Telemetry
+        from .spool.sqlite import SqliteSpool
+
+        async def ask() -> Any:
+            telemetry = Telemetry("none")
+            spool = SqliteSpool(folder, observer=telemetry)
+            await spool.open()
+            try:
+                match op:
+                    case "rows":
+                        return [asdict(row) for row in await spool.rows(**arguments)]
+                    case "change":
+                        return await spool.change(**arguments)
+                    case _:
+                        return await spool.export(**arguments)
+            finally:
+                await spool.close()
+
+        try:
+            return asyncio.run(ask())
+        except (SpoolError, OSError, LookupError) as error:
+            raise Refused([f"{folder}: {error}"]) from None
+
+
+def _spool_of(file: Path | None) -> Path:
+    """The folder that this configuration names; without one, that of ``serve --listen --to``."""
+    from .config import state_folder
+
+    if file is None and not DEFAULT_FILE.is_file():
+        usual = state_folder()
+        if usual.is_dir():
+            return usual
+    return _load(_file(file)).spool.path
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    from .observe import quiet
+
+    if not rows:
+        click.echo("Nothing is queued.", err=True)
+        return
+    columns = ("ID", "STATE", "SINK", "SIZE", "TRIES", "AGE", "NEXT", "FROM", "TO", "NOTE")
+    table = [columns] + [
+        (
+            row["id"],
+            row["state"],
+            row["sink"],
+            str(row["size"]),
+            str(row["attempts"]),
+            _span(-_until(row["received_at"])),
+            _span(_until(row["due"])) if row["state"] == "queued" else "",
+            f"<{row['mail_from']}>",
+            ", ".join(row["recipients"][:3]) + (f" and {len(row['recipients']) - 3} more" if len(row["recipients"]) > 3 else ""),
+            row["note"],
+        )
+        for row in rows
+    ]
+    table = [tuple(quiet(cell) for cell in line) for line in table]
+    widths = [max(len(line[column]) for line in table) for column in range(len(columns))]
+    for line in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _until(moment: float) -> float:
+    import time
+
+    return moment - time.time()
+
+
+def _span(seconds: float) -> str:
+    """Short and good enough: 45s, 12m, 7h, 3d."""
+    if seconds < 1:
+        return "now"
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def _shown(name: str, value: Any) -> str:
+    if name in ("due", "received_at", "expires_at"):
+        from datetime import UTC, datetime
+
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+# ------------------------------------------------------------------------------ explain
+
+
+def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
+    from .smtp.server import Rules
+
+    return Rules(
+        hostname=config.hostname,
+        routes=routes,
+        protocol=listener.protocol,
+        message_size=config.limits.message_size,
+        recipients=config.limits.recipients,
+        hops=config.limits.hops,
+        long_lines=listener.long_lines,
+        bare_newlines=listener.bare_newlines,
+        tls=listener.tls,
+        auth=listener.auth,
+        client_checks=config.checks_at("client"),
+        sender_checks=config.checks_at("sender"),
+        recipient_checks=frozenset(config.checks_at("recipient")),
+    )
+
+
+def _explained(
+    config: Config, listener: ListenerConfig, ip: str, sender: str, recipient: str, helo: str, user: str | None
+) -> dict[str, Any]:
+    """What a session of this listener says to this mail, and why."""
+    from .contracts import Verdict
+    from .message import Client
+    from .smtp.server import Asked, MailStarted, ServerSession
+
+    routes = config.table()
+    session = ServerSession(_rules(config, listener, routes), Client(ip, helo=helo, user=user), "explain", listener.address)
+    checks: list[dict[str, str]] = []
+    taken: list[Route] = []
+    dialogue: list[str] = []
+
+    def follow(events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, Asked):
+                checks.extend({"check": name, "stage": event.question.stage} for name in event.checks)
+                follow(session.verdict(Verdict()))
+            elif isinstance(event, MailStarted):
+                taken.extend(event.transaction.routes)
+
+    def say(line: str | None) -> str:
+        """The last line of the reply."""
+        if line is None:
+            follow(session.start())
+        else:
+            dialogue.append(f"> {line}")
+            follow(session.receive(line.encode("utf-8", "surrogateescape") + b"\r\n"))
+        while session.more:
+            follow(session.proceed())
+        lines = session.outgoing().decode("utf-8", "replace").splitlines()
+        dialogue.extend(f"< {one}" for one in lines)
+        return lines[-1] if lines else ""
+
+    utf8 = "" if sender.isascii() and recipient.isascii() else " SMTPUTF8"
+    reply, stage = say(None), "connect"
+    for next_stage, line in (
+        ("hello", f"{'LHLO' if listener.protocol == 'lmtp' else 'EHLO'} {helo}"),
+        ("mail", f"MAIL FROM:<{sender}>{utf8}"),
+        ("recipient", f"RCPT TO:<{recipient}>"),
+    ):
+        if reply.startswith("2"):
+            reply, stage = say(line), next_stage
+    accepted = reply.startswith("2")
+    if accepted:
+        answer = reply
+        # Only once content is to come does the session tell which route it took.
+        say("DATA")
+        reply = answer
+    route = taken[0] if taken else None
+    numbers = [number for number, known in enumerate(routes.routes) if known is route]
+    if route is not None:
+        judging = set(config.checks_at("content"))
+        checks.extend({"check": name, "stage": "content"} for name in route.checks if name in judging)
+    return {
+        "listener": listener.address,
+        "client": ip,
+        "from": sender,
+        "to": recipient,
+        "checks": checks,
+        "route": None if route is None else {"number": numbers[0], "recipients": list(route.recipients), "acknowledge": route.acknowledge},
+        "sinks": [] if route is None else [{"name": name, "type": config.sinks[name].type} for name in route.sinks],
+        "reply": reply,
+        "stage": stage,
+        "accepted": accepted,
+        "why": [] if accepted or stage != "recipient" else list(_reasons(config, routes, recipient, ip, user)),
+        "dialogue": dialogue[:-2] if accepted else dialogue,
+    }
+
+
+def _reasons(config: Config, routes: Routes, recipient: str, ip: str, user: str | None) -> Iterator[str]:
+    """Why no route takes this recipient, as far as patterns and clients go."""
+    from dataclasses import replace
+
+    from .message import Client
+    from .reply import Reply
+    from .route import ODD_LOCAL_PART, Routes
+
+    local, _, domain = recipient.rpartition("@")
+    for number, route in enumerate(routes.routes):
+        alone = Routes([replace(route, clients=None, authenticated=False)], config.hostname)
+        found = alone.find(local, domain.lower(), Client(ip))
+        if isinstance(found, Reply) and found is not ODD_LOCAL_PART:
+            continue
+        if route.authenticated and user is None:
+            yield f"routes[{number}] fits, but wants an authenticated client"
+        elif not route.admits(Client(ip, user=user)):
+            yield f"routes[{number}] fits, but not for clients at {ip}"
+        elif found is ODD_LOCAL_PART:
+            yield f"routes[{number}] fits, but does not relay local parts with %, ! or @ (odd_local_parts)"
+
+
+def _print_explained(told: dict[str, Any]) -> None:
+    from .observe import quiet
+
+    route = told["route"]
+    listed = ", ".join(repr(pattern) for pattern in route["recipients"]) if route else ""
+    rows = [
+        ("listener", told["listener"]),
+        ("checks", ", ".join(f"{check['check']} ({check['stage']})" for check in told["checks"]) or "none"),
+        ("route", f"routes[{route['number']}]: {listed}, acknowledge {route['acknowledge']}" if route else "none"),
+        ("sinks", ", ".join(f"{sink['name']} ({sink['type']})" for sink in told["sinks"]) or "none"),
+        ("reply", told["reply"] + ("" if told["accepted"] else f"  ({told['stage']})")),
+    ]
+    for name, text in rows:
+        click.echo(f"{name:<10}{quiet(text)}")
+    for reason in told["why"]:
+        click.echo(f"{'':<10}{quiet(reason)}")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=True))
