@@ -260,7 +260,7 @@ def base64_octets(octets: bytes, problems: Problems, where: str) -> bytes:
     except ValueError:
         pass
     else:
-        if len(octets) - 2 * octets.count(b"\r\n") == 4 * ((len(decoded) + 2) // 3):
+        if len(octets) - octets.count(b"\r") - octets.count(b"\n") == 4 * ((len(decoded) + 2) // 3):
             return decoded
     clean = octets.translate(None, b"\r\n\t ")
     if clean.translate(None, _NOT_BASE64) != clean:

@@ -1,0 +1,200 @@
+"""HTTP POST, the only request we make: one small interface, two libraries behind it.
+
+Owns pools, the total deadline, the bound on answers. Knows no mail and no status: a 2xx and a
+500 are both an ``Answer``. Redirects are never followed, nothing is decompressed, no proxy is
+taken from the environment.
+
+Invariants: ``post`` returns by its deadline. Every fault of the transport, whatever a library
+calls it, is one ``HttpFault``: the far side may or may not have had the request. A broken,
+cut or late answer is a fault even if its status was read; of an answer that is whole or over
+``ANSWER_LIMIT`` at most that much is kept. Certificates are verified by the system's store
+(``SSL_CERT_FILE`` moves it).
+
+RFC 9110, RFC 9112. The libraries are imported with the first client that needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+    from pyreqwest.client import Client
+
+#: Octets of an answer's body that are read.
+ANSWER_LIMIT = 64 * 1024
+#: Header fields of an answer that somebody asks for.
+KEPT_HEADERS = ("retry-after", "content-type")
+#: Octets in memory up to which a body is handed over whole.
+WHOLE = 256 * 1024
+
+Headers = Sequence[tuple[str, str]]
+Body = bytes | Iterable[bytes] | AsyncIterable[bytes]
+
+
+class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of ours)
+    """No whole answer. ``reason``: short, without the URL. ``late``: the deadline passed."""
+
+    def __init__(self, reason: str, late: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.late = late
+
+
+@dataclass(slots=True)
+class Answer:
+    """``headers``: those of ``KEPT_HEADERS`` that were given, first value each. ``body``: its first
+    ``ANSWER_LIMIT`` octets, as they came."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = field(repr=False)
+
+
+class HttpClient(Protocol):
+    """Keeps at most ``connections`` requests out at a time, each on a connection of its own."""
+
+    async def post(self, url: str, headers: Headers, body: Body, deadline: float) -> Answer:
+        """One POST, answered by ``deadline`` (loop time), waiting for a free connection included.
+
+        A body that is no ``bytes`` wants a ``content-length`` among the headers. Raises HttpFault;
+        ValueError for a URL or a header that HTTP cannot carry."""
+
+    async def close(self) -> None: ...
+
+
+def http_client(kind: Literal["pyreqwest", "aiohttp"], connections: int) -> HttpClient:
+    """A client. ``connections``: requests out at once, and idle connections kept."""
+    return _Pyreqwest(connections) if kind == "pyreqwest" else _Aiohttp(connections)
+
+
+def shown(url: str) -> str:
+    """A URL for logs and replies: without user, password and query, where secrets live."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+async def _asynchronous(body: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in body:
+        yield piece
+
+
+def _slices(body: bytes) -> Iterable[bytes]:
+    return (body[at : at + WHOLE] for at in range(0, len(body), WHOLE))
+
+
+class _Pyreqwest:
+    def __init__(self, connections: int) -> None:
+        from pyreqwest.client import ClientBuilder
+        from pyreqwest.exceptions import PyreqwestError
+
+        self._fault = PyreqwestError
+        self._gate = asyncio.Semaphore(connections)
+        builder = ClientBuilder().http1_only().http1_lower_case_headers().follow_redirects(False).referer(False).no_proxy()
+        builder = builder.gzip(False).brotli(False).zstd(False).deflate(False)
+        self._client: Client = builder.pool_max_idle_per_host(connections).build()
+
+    async def post(self, url: str, headers: Headers, body: Body, deadline: float) -> Answer:
+        try:
+            async with asyncio.timeout_at(deadline), self._gate:
+                return await self._exchange(url, headers, body)
+        except self._fault as fault:
+            if isinstance(fault, ValueError):
+                raise
+            # What it calls a fault of the connection happens after sending, too: the class says nothing.
+            raise HttpFault(_innermost(fault)) from None
+        except TimeoutError:
+            raise HttpFault("no answer in time", late=True) from None
+
+    async def _exchange(self, url: str, headers: Headers, body: Body) -> Answer:
+        request = self._client.post(url).headers(headers)
+        request = request.body_bytes(body) if isinstance(body, bytes) else request.body_stream(body)
+        async with request.build_streamed() as response:
+            reader = response.body_reader
+            pieces: list[bytes] = []
+            size = 0
+            while size < ANSWER_LIMIT and (piece := await reader.read_chunk()) is not None:
+                pieces.append(bytes(piece))
+                size += len(pieces[-1])
+            kept = {name: value for name in KEPT_HEADERS if (value := response.get_header(name)) is not None}
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT])
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def _innermost(fault: Exception) -> str:
+    """What went wrong in its own words; outer causes tell the URL, which may hold secrets."""
+    causes = (getattr(fault, "details", None) or {}).get("causes") or []
+    text = str(causes[-1].get("message", "")) if causes else ""
+    return text if text and "://" not in text else getattr(fault, "message", type(fault).__name__)
+
+
+class _Aiohttp:
+    def __init__(self, connections: int) -> None:
+        import aiohttp
+
+        self._aiohttp = aiohttp
+        self._connections = connections
+        self._gate = asyncio.Semaphore(connections)
+        self._session: ClientSession | None = None
+
+    def _open(self) -> ClientSession:
+        aiohttp = self._aiohttp
+        session: ClientSession = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections, limit_per_host=self._connections),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            skip_auto_headers=("accept-encoding", "content-type", "user-agent"),
+        )
+        return session
+
+    async def post(self, url: str, headers: Headers, body: Body, deadline: float) -> Answer:
+        aiohttp = self._aiohttp
+        if self._session is None:
+            self._session = self._open()
+        given = list(headers)
+        if isinstance(body, bytes) and len(body) > WHOLE:
+            given.append(("content-length", str(len(body))))
+            body = _slices(body)
+        if not isinstance(body, (bytes, AsyncIterable)):
+            body = _asynchronous(body)
+        try:
+            async with asyncio.timeout_at(deadline), self._gate:
+                return await self._exchange(self._session, url, given, body)
+        except TimeoutError:
+            raise HttpFault("no answer in time", late=True) from None
+        except aiohttp.InvalidURL:
+            raise
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as fault:
+            raise HttpFault(_one_line(fault)) from None
+
+    async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: bytes | AsyncIterable[bytes]) -> Answer:
+        async with session.post(url, headers=headers, data=body, allow_redirects=False) as response:
+            pieces: list[bytes] = []
+            size = 0
+            async for piece in response.content.iter_any():
+                pieces.append(piece)
+                size += len(piece)
+                if size >= ANSWER_LIMIT:
+                    # The rest is not read, so the connection is of no more use.
+                    response.close()
+                    break
+            kept = {name: value for name in KEPT_HEADERS if (value := response.headers.get(name)) is not None}
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT])
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+def _one_line(fault: Exception) -> str:
+    text = " ".join(str(fault).split())
+    return text if text and "://" not in text else type(fault).__name__

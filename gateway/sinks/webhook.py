@@ -1,0 +1,151 @@
+"""The ``webhook`` sink: one POST a delivery.
+
+Owns what an HTTP status means for mail. Knows neither the body (a format of ``gateway.mime``)
+nor the transport (``gateway.net.http``).
+
+Invariants: one answer settles all recipients. Only 2xx, read to its end, is delivered; 400,
+406, 413, 415 and 422 are failed; all else, faults included, is deferred and counts against the
+sink, because a bad deploy or a rotated secret must not bounce promised mail. ``webhook-id`` is
+the id of the delivery, the same on every try. Nothing that a mail or an answer holds becomes a
+header field or a second line of a reply.
+
+Standard Webhooks 1.0; RFC 9110 §10.2.3 (Retry-After), §15 (status codes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..contracts import AsyncSink, Delivery, Outcome
+from ..mime.formats import Payload, format_named
+from ..net.http import Answer, Body, HttpFault, http_client, shown
+from ..net.signature import Signer
+from ..reply import Reply
+from .threads import Threads
+
+if TYPE_CHECKING:
+    from ..config import WebhookConfig
+
+#: Content over this many octets is taken apart and signed in a thread.
+INLINE = 64 * 1024
+#: Threads of one sink that do so: more would only fight over the interpreter.
+THREADS = 2
+#: Seconds that Retry-After can ask for.
+RETRY_AFTER_LIMIT = 86400.0
+#: Statuses that this message will always get, and the code that says why (RFC 3463).
+FAILED = {400: "5.6.0", 406: "5.6.1", 413: "5.3.4", 415: "5.6.1", 422: "5.6.0"}
+#: Characters of an answer's text that go into a reply.
+TEXT = 200
+
+_TEXTUAL = re.compile(r"text/plain|application/(?:[a-z0-9.+-]*\+)?json")
+_ENHANCED = re.compile(r"[245]\.\d{1,3}\.\d{1,3} ")
+
+
+class WebhookSink(AsyncSink):
+    """``type = "webhook"``. Raises ValueError for a secret that is no base64."""
+
+    def __init__(self, name: str, config: WebhookConfig, hostname: str) -> None:
+        super().__init__(name)
+        self._url = config.url
+        self._timeout = config.timeout
+        self._remote = shown(config.url)
+        self._format = format_named(config.format)
+        self._signer = Signer([config.secret, config.previous_secret])
+        self._static = [*config.headers.items(), ("user-agent", f"gateway-smtp/{__version__}")]
+        self._http = http_client(config.client, config.concurrency)
+        self._threads = Threads(f"webhook-{name}", THREADS)
+
+    async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        try:
+            if delivery.message.stored.size > INLINE:
+                async with asyncio.timeout_at(deadline):
+                    headers, payload = await self._threads.run(lambda: self._request(delivery))
+            else:
+                headers, payload = self._request(delivery)
+            answer = await self._http.post(self._url, headers, self._body(payload), deadline)
+        except HttpFault as fault:
+            outcome = self._faulty(fault.reason, fault.late)
+        except TimeoutError:
+            outcome = self._faulty("the body was not made in time", late=True)
+        except OSError as error:
+            # Our own disk: the content could not be read.
+            outcome = Outcome("deferred", Reply.untrusted(451, f"4.3.0 {error.strerror or 'content unreadable'}"))
+        else:
+            outcome = self._judged(answer)
+        return [outcome] * len(delivery.recipients)
+
+    def _request(self, delivery: Delivery) -> tuple[list[tuple[str, str]], Payload]:
+        """Header fields and body of one try. May block on a file."""
+        now = time.time()
+        payload = self._format(delivery, now)
+        signed = self._signer.headers(delivery.id, int(now), payload.chunks())
+        headers = [*payload.headers, *signed, *self._static]
+        if payload.on_disk or payload.size > INLINE:
+            headers.append(("content-length", str(payload.size)))
+        return headers, payload
+
+    def _body(self, payload: Payload) -> Body:
+        if payload.on_disk:
+            return self._read(payload)
+        return payload.chunks() if payload.size > INLINE else b"".join(payload.chunks())
+
+    async def _read(self, payload: Payload) -> AsyncIterator[bytes]:
+        chunks = payload.chunks()
+        while (piece := await self._threads.run(lambda: next(chunks, None))) is not None:
+            yield piece
+
+    def _faulty(self, reason: str, late: bool) -> Outcome:
+        return Outcome("deferred", Reply.untrusted(451, f"{'4.4.2' if late else '4.4.1'} {reason}"), self._remote, down=True)
+
+    def _judged(self, answer: Answer) -> Outcome:
+        status = answer.status
+        text = f"HTTP {status}"
+        said = _said(answer)
+        if 200 <= status <= 299:
+            return Outcome("delivered", Reply(250, "2.0.0", text), self._remote)
+        text = f"{text}: {said}" if said else text
+        if status in FAILED:
+            return Outcome("failed", Reply.untrusted(552 if status == 413 else 554, f"{FAILED[status]} {text}"), self._remote)
+        return Outcome(
+            "deferred",
+            Reply.untrusted(451, f"{'4.3.2' if status in (429, 503) else '4.3.0'} {text}"),
+            self._remote,
+            retry_after=_retry_after(answer.headers.get("retry-after"), time.time()),
+            down=True,
+            pause=status == 410,
+        )
+
+    async def close(self) -> None:
+        await super().close()
+        self._threads.close()
+        await self._http.close()
+
+
+def _said(answer: Answer) -> str:
+    """The first words of an answer that is meant for people."""
+    if not _TEXTUAL.match(answer.headers.get("content-type", "text/plain").lower()):
+        return ""
+    text = " ".join(answer.body[: 4 * TEXT].decode("utf-8", "replace").split())[:TEXT]
+    # Its own enhanced code would stand in the middle of ours.
+    return _ENHANCED.sub("", text, count=1)
+
+
+def _retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait: a number, or a date (RFC 9110 §10.2.3). None for what is neither."""
+    if value is None:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return min(float(value[:9]), RETRY_AFTER_LIMIT)
+    try:
+        seconds = parsedate_to_datetime(value[:64]).timestamp() - now
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), RETRY_AFTER_LIMIT)
