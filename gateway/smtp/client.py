@@ -520,7 +520,7 @@ class ClientSession:
         if code < 400:
             return self._nonsense(f"reply {code} to MAIL")
         if code == 421:
-            return self._closing_down(lines)
+            return self._closing_down(lines, untouched=True)
         reply = _heard(code, lines)
         if code in _LOGIN_CODES:
             self._refused = Outcome("deferred", _softened("MAIL", reply), self.remote, down=True)
@@ -674,7 +674,7 @@ class ClientSession:
             return self._chunked(code, lines)
         if kind == _RSET:
             # Whatever it is worth, the answer to MAIL tells (only a 421 ends the conversation).
-            return self._closing_down(lines) if code == 421 else self._go_on()
+            return self._closing_down(lines, untouched=True) if code == 421 else self._go_on()
         if kind == _GREETING:
             return self._greeted(code, lines)
         if kind == _STARTTLS:
@@ -722,11 +722,10 @@ class ClientSession:
         self._forget()
         return Unusable(reply, down=True, stale=False)
 
-    def _closing_down(self, lines: list[str]) -> Event | None:
-        """421: the upstream closes, now and whatever was asked (RFC 5321 §3.8)."""
-        # As the very first answer it says that nothing of this mail was looked at.
-        first = not self._accepted and self._refused is None and all(verdict is None for verdict in self._verdicts)
-        return self._end(_heard(421, lines), untouched=first, down=False)
+    def _closing_down(self, lines: list[str], untouched: bool = False) -> Event | None:
+        """421: the upstream closes, now and whatever was asked (RFC 5321 §3.8). ``untouched``: it
+        answers RSET or MAIL, so nothing of this mail was looked at."""
+        return self._end(_heard(421, lines), untouched, down=False)
 
     def _nonsense(self, what: str) -> Event | None:
         """After this no reply can be trusted to answer what it seems to, earlier ones neither."""
