@@ -1,0 +1,266 @@
+"""A disk that fails when told to, and remembers what was done to it.
+
+``Faults`` is the plan: which operation fails, and how. ``FaultyVFS`` is SQLite's view of
+the disk, ``FaultyFiles`` the spool's own; both ask the same plan and write the same log, so
+that "the n-th operation" counts them together, in the order in which they happened.
+
+``replay`` makes of a log what a disk may hold after the power went: the operations up to
+a point, with all that was written or with no more than what was synced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import apsw
+
+from gateway.spool.files import Files
+
+Kind = Literal["open", "write", "sync", "truncate", "delete", "rename", "sync_dir", "statvfs", "mkdir"]
+How = Literal["EIO", "ENOSPC", "short"]
+
+#: What SQLite says for each fault.
+_CODES: dict[str, dict[str, int]] = {
+    "open": {"EIO": apsw.SQLITE_CANTOPEN, "ENOSPC": apsw.SQLITE_CANTOPEN},
+    "write": {"EIO": apsw.SQLITE_IOERR_WRITE, "ENOSPC": apsw.SQLITE_FULL},
+    "sync": {"EIO": apsw.SQLITE_IOERR_FSYNC, "ENOSPC": apsw.SQLITE_IOERR_FSYNC},
+    "truncate": {"EIO": apsw.SQLITE_IOERR_TRUNCATE, "ENOSPC": apsw.SQLITE_IOERR_TRUNCATE},
+    "delete": {"EIO": apsw.SQLITE_IOERR_DELETE, "ENOSPC": apsw.SQLITE_IOERR_DELETE},
+}
+
+
+@dataclass(slots=True)
+class Operation:
+    """``size`` is the new size for a truncate; ``target`` the new name of a rename."""
+
+    kind: Kind
+    path: str
+    offset: int = 0
+    octets: bytes = b""
+    size: int = 0
+    target: str = ""
+
+
+@dataclass
+class Faults:
+    """``first``: the number (from 1) of the operation that fails, 0 for none; ``count``: how many
+    fail from there on. ``kinds``: count only these; ``paths``: only where the path ends so."""
+
+    first: int = 0
+    count: int = 1
+    how: How = "EIO"
+    kinds: frozenset[str] | None = None
+    paths: tuple[str, ...] = ("",)
+    keep: bool = False
+    seen: int = 0
+    fired: int = 0
+    log: list[Operation] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def meet(self, kind: Kind, path: str) -> How | None:
+        """Counts the operation; how it fails, or None."""
+        if (self.kinds is not None and kind not in self.kinds) or not path.endswith(self.paths):
+            return None
+        with self.lock:
+            self.seen += 1
+            if self.first and self.first <= self.seen < self.first + self.count:
+                self.fired += 1
+                return self.how
+        return None
+
+    def note(self, operation: Operation) -> None:
+        if self.keep:
+            with self.lock:
+                self.log.append(operation)
+
+
+class FaultyVFS(apsw.VFS):
+    """Register by making one; keep it as long as connections use ``name``."""
+
+    def __init__(self, name: str, faults: Faults) -> None:
+        self.faults = faults
+        super().__init__(name, "")
+
+    def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> FaultyFile:  # noqa: N802 - SQLite's name
+        return FaultyFile(name, flags, self.faults)
+
+    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802 - SQLite's name
+        if how := self.faults.meet("delete", filename):
+            _raise("delete", how)
+        super().xDelete(filename, syncdir)
+        self.faults.note(Operation("delete", filename))
+
+
+class FaultyFile(apsw.VFSFile):
+    def __init__(self, name: str | apsw.URIFilename | None, flags: list[int], faults: Faults) -> None:
+        path = name.filename() if isinstance(name, apsw.URIFilename) else (name or "")
+        self.path = path
+        self.faults = faults
+        if how := faults.meet("open", path):
+            _raise("open", how)
+        new = bool(path) and not os.path.exists(path)
+        super().__init__("", name, flags)
+        if new:
+            faults.note(Operation("open", path))
+
+    def xWrite(self, data: Any, offset: int) -> None:  # noqa: N802 - SQLite's name
+        octets = bytes(data)
+        if how := self.faults.meet("write", self.path):
+            if how == "short":
+                half = octets[: len(octets) // 2]
+                super().xWrite(half, offset)
+                self.faults.note(Operation("write", self.path, offset, half))
+                _raise("write", "ENOSPC")
+            _raise("write", how)
+        super().xWrite(octets, offset)
+        self.faults.note(Operation("write", self.path, offset, octets))
+
+    def xSync(self, flags: int) -> None:  # noqa: N802 - SQLite's name
+        if how := self.faults.meet("sync", self.path):
+            # What was written stays in the cache and may reach the disk all the same.
+            _raise("sync", how)
+        super().xSync(flags)
+        self.faults.note(Operation("sync", self.path))
+
+    def xTruncate(self, newsize: int) -> None:  # noqa: N802 - SQLite's name
+        if how := self.faults.meet("truncate", self.path):
+            _raise("truncate", how)
+        super().xTruncate(newsize)
+        self.faults.note(Operation("truncate", self.path, size=newsize))
+
+
+def _raise(kind: Kind, how: How) -> None:
+    code = _CODES[kind]["EIO" if how == "EIO" else "ENOSPC"]
+    raise apsw.exception_for(code)
+
+
+class FaultyFiles(Files):
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self._paths: dict[int, str] = {}
+        self._offsets: dict[int, int] = {}
+        #: What ``statvfs`` says instead of the truth.
+        self.room: os.statvfs_result | None = None
+
+    def _meet(self, kind: Kind, path: str) -> How | None:
+        how = self.faults.meet(kind, path)
+        if how is None or how == "short":
+            return how
+        raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)), path)
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        self._meet("open", path)
+        new = not os.path.exists(path)
+        descriptor = super().open(path, flags, mode)
+        self._paths[descriptor] = path
+        self._offsets[descriptor] = 0
+        if new:
+            self.faults.note(Operation("open", path))
+        return descriptor
+
+    def write(self, descriptor: int, pieces: Sequence[bytes]) -> None:
+        octets = b"".join(pieces)
+        path = self._paths[descriptor]
+        short = self._meet("write", path) == "short"
+        done = octets[: len(octets) // 2] if short else octets
+        super().write(descriptor, [done])
+        self.faults.note(Operation("write", path, self._offsets[descriptor], done))
+        self._offsets[descriptor] += len(done)
+        if short:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    def fsync(self, descriptor: int) -> None:
+        path = self._paths.get(descriptor)
+        if path is not None:
+            self._meet("sync", path)
+        super().fsync(descriptor)
+        if path is not None:
+            self.faults.note(Operation("sync", path))
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        self._meet("truncate", self._paths[descriptor])
+        super().truncate(descriptor, size)
+        self.faults.note(Operation("truncate", self._paths[descriptor], size=size))
+
+    def close(self, descriptor: int) -> None:
+        self._paths.pop(descriptor, None)
+        super().close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        self._meet("rename", source)
+        super().rename(source, target)
+        self.faults.note(Operation("rename", source, target=target))
+
+    def unlink(self, path: str) -> None:
+        self._meet("delete", path)
+        super().unlink(path)
+        self.faults.note(Operation("delete", path))
+
+    def fsync_dir(self, path: str) -> None:
+        self._meet("sync_dir", path)
+        super().fsync_dir(path)
+        self.faults.note(Operation("sync_dir", path))
+
+    def mkdir(self, path: str) -> None:
+        self._meet("mkdir", path)
+        new = not os.path.isdir(path)
+        super().mkdir(path)
+        if new:
+            self.faults.note(Operation("mkdir", path))
+
+    def statvfs(self, path: str) -> os.statvfs_result:
+        self._meet("statvfs", path)
+        return self.room or super().statvfs(path)
+
+
+def replay(log: Sequence[Operation], root: str, target: Path, *, synced_only: bool) -> None:
+    """Make below ``target`` what the disk may hold after these operations on files below
+    ``root``: everything, or (``synced_only``) no octet, size or name that no sync had asked for.
+
+    As on a journalling file system: a file's sync carries its own name with it; other names
+    and removals wait for the sync of their folder."""
+    octets: dict[str, bytearray] = {}
+    names: set[str] = set()
+    synced: dict[str, bytes] = {}
+    durable: set[str] = set()
+    folders: list[str] = []
+    for step in log:
+        path = step.path
+        if step.kind == "mkdir":
+            folders.append(path)
+        elif step.kind == "open":
+            octets[path] = bytearray()
+            names.add(path)
+        elif step.kind == "write":
+            content = octets.setdefault(path, bytearray())
+            content.extend(bytes(max(0, step.offset - len(content))))
+            content[step.offset : step.offset + len(step.octets)] = step.octets
+            names.add(path)
+        elif step.kind == "truncate":
+            content = octets.setdefault(path, bytearray())
+            del content[step.size :]
+        elif step.kind == "sync":
+            synced[path] = bytes(octets.get(path, b""))
+            durable.add(path)
+        elif step.kind == "delete":
+            names.discard(path)
+        elif step.kind == "rename":
+            octets[step.target] = octets.pop(path, bytearray())
+            names.discard(path)
+            names.add(step.target)
+        elif step.kind == "sync_dir":
+            inside = {name for name in names if os.path.dirname(name) == path}
+            durable = {name for name in durable if os.path.dirname(name) != path} | inside
+    target.mkdir(parents=True)
+    for folder in folders:
+        (target / os.path.relpath(folder, root)).mkdir(parents=True, exist_ok=True)
+    for path in durable if synced_only else names:
+        place = target / os.path.relpath(path, root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(synced.get(path, b"") if synced_only else bytes(octets[path]))
