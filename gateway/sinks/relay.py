@@ -1,0 +1,554 @@
+"""Relay and LMTP: mail to mail servers.
+
+Owns connections: which host, kept warm or fresh, how long to wait. What is said on one is
+``smtp.client``'s. Never retries what may have been taken, with one exception below; the
+Queue alone knows when to try again.
+
+Hosts. All of ``hosts`` are equal: a new connection goes to the one with the fewest. One that
+failed (no connection, turned us away) is asked last for a while: FAILED_FIRST seconds,
+doubling up to FAILED_LAST. One delivery asks each host at most once, as long as nothing of its
+content has left: then it can go on elsewhere without the danger of a second copy.
+
+Warm connections. A delivery takes the one that was used last, without a task, and goes out
+in one write with its content (PIPELINING and BDAT). An upstream may close such a connection
+at the very moment: no octet of reply comes then, and the delivery is tried once more on a
+fresh one. After a rest of RESTED seconds, where that is likely, no content goes out before a
+reply came, so nothing can be taken twice. Within that time the content may have left; that
+an upstream took it and died before its first reply is possible, and is the lost reply of
+promise 2: trying at once or a minute later makes the same copy, and none of them is lost.
+
+Deadlines. A delivery has ``timeout`` seconds in all, and a second more for every 64 KiB
+of content; within that every step has its own (RFC 5321 §4.5.3.2). While several hosts are
+left, one may use up only its share before the conversation stands. One timer looks after all
+connections: what is due is found up to a tenth of ``timeout``, at most a second, late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+from ..config import LmtpConfig, RelayConfig
+from ..contracts import BROKEN, INTERRUPTED, Delivery, Outcome
+from ..message import INLINE_LIMIT
+from ..net.tls import client_context
+from ..reply import Reply
+from ..smtp.client import ClientSession, Event, Mail, Settled, Terms, TLSWanted, Unusable
+
+#: Seconds to connect to one host.
+CONNECT = 30.0
+#: Seconds per step without a sign of life (RFC 5321 §4.5.3.2).
+STEPS = {"setup": 300.0, "command": 300.0, "content": 180.0, "answer": 600.0}
+#: Seconds of rest after which a connection is used with caution.
+RESTED = 1.0
+#: Mails on one connection before it is given up, so that load finds its way to all hosts.
+MAILS = 1000
+#: Seconds for which a host that failed is asked last.
+FAILED_FIRST, FAILED_LAST = 5.0, 60.0
+#: Seconds in which a connection that we closed must be gone.
+LINGER = 5.0
+#: Seconds without TLS toward a host whose handshake failed (``tls = "opportunistic"`` only).
+CLEAR = 300.0
+
+
+class Host:
+    """One upstream of a sink: ``host:port``, ``[v6]:port`` or ``unix:/path``."""
+
+    __slots__ = ("clear_until", "connections", "delay", "label", "name", "path", "port", "until")
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.path: str | None = None
+        self.name, self.port = "localhost", 0
+        if label.startswith("unix:"):
+            self.path = label.removeprefix("unix:")
+        else:
+            name, _, port = label.rpartition(":")
+            self.name, self.port = name.removeprefix("[").removesuffix("]"), int(port)
+        self.connections = 0
+        self.until = 0.0
+        self.delay = 0.0
+        self.clear_until = 0.0
+
+    @property
+    def local(self) -> bool:
+        """What is sent there does not leave this machine."""
+        return self.path is not None or self.name in ("localhost", "::1") or self.name.startswith("127.")
+
+    def failed(self, now: float) -> None:
+        if now >= self.until:
+            self.delay = min(self.delay * 2, FAILED_LAST) or FAILED_FIRST
+            self.until = now + self.delay
+
+    def works(self) -> None:
+        self.until = self.delay = 0.0
+
+
+class Job:
+    """One delivery on its way: what is still to be tried, and where it was tried."""
+
+    __slots__ = ("again", "deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried")
+
+    def __init__(self, delivery: Delivery, deadline: float) -> None:
+        self.delivery = delivery
+        self.deadline = deadline
+        self.outcomes: list[Outcome | None] = [None] * len(delivery.recipients)
+        self.todo: Sequence[int] = range(len(delivery.recipients))
+        self.tried: set[Host] = set()
+        self.again = False
+        self.down = True
+        self.last: Reply | None = None
+        self.remote = ""
+
+    def mail(self) -> Mail:
+        message = self.delivery.message
+        recipients = self.delivery.recipients
+        stored = message.stored
+        return Mail(
+            mail_from=message.envelope.mail_from,
+            params=message.envelope.mail_params,
+            recipients=recipients if len(self.todo) == len(recipients) else [recipients[index] for index in self.todo],
+            size=len(message.trace) + stored.size,
+            eight_bit=stored.eight_bit or not message.trace.isascii(),
+            octets=message.trace + stored.read() if stored.path is None else None,
+        )
+
+    def pieces(self) -> Iterator[bytes]:
+        """Content that lies in a file; read it in a thread."""
+        message = self.delivery.message
+        trace = message.trace
+        for piece in message.stored.chunks(INLINE_LIMIT):
+            yield trace + piece if trace else piece
+            trace = b""
+
+
+class Connection(asyncio.Protocol):
+    """One connection to one host, with at most one job."""
+
+    def __init__(self, sink: RelaySink, host: Host, terms: Terms) -> None:
+        self.sink = sink
+        self.host = host
+        self.session = ClientSession(terms, host.label)
+        self.transport: asyncio.Transport | None = None
+        self.job: Job | None = None
+        self.acted = 0.0  # loop time of the last sign of life
+        self.setup_until = 0.0  # loop time by which the conversation must stand
+        self.mails = 0
+        self.paused = False
+        self.reading = False
+        self.pieces: Iterator[bytes] | None = None
+        self.left = 0  # octets of the content that were not handed over yet
+        self.shut_at = 0.0  # loop time of our close; 0 before
+
+    # ------------------------------------------------------------- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.acted = self.sink.now()
+        event = self.session.receive(data)
+        if event is None:
+            self.flush()
+        else:
+            self.happened(event)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self.acted = self.sink.now()
+        self.pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        event = self.session.eof()
+        self.sink.gone(self)
+        if event is not None:
+            self.happened(event)
+
+    # ------------------------------------------------------------------------ a job
+
+    def carry(self, job: Job) -> None:
+        now = self.sink.now()
+        self.job = job
+        self.mails += 1
+        if job.delivery.message.stored.path is not None:
+            self.pieces = job.pieces()
+            self.left = len(job.delivery.message.trace) + job.delivery.message.stored.size
+        event = self.session.begin(job.mail(), cautious=now - self.acted > RESTED)
+        self.acted = now
+        if event is None:
+            self.flush()
+        else:
+            # Not from within: many mails that this upstream cannot carry would nest as deep.
+            asyncio.get_running_loop().call_soon(self.happened, event)
+
+    def flush(self) -> None:
+        octets = self.session.outgoing()
+        if octets and self.transport is not None:
+            self.transport.write(octets)
+        if self.session.closing:
+            self.shut()
+        elif self.pieces is not None:
+            self.pump()
+
+    def happened(self, event: Event) -> None:
+        if isinstance(event, TLSWanted):
+            self.sink.spawn(self.secure())
+            return
+        job = self.job
+        assert job is not None
+        self.job = None
+        self.pieces = None
+        if isinstance(event, Settled):
+            self.sink.settled(self, job, event)
+        else:
+            self.shut()
+            self.sink.unusable(self, job, event)
+
+    def pump(self) -> None:
+        """Hand over another piece, if the upstream and the transport want one."""
+        if self.pieces is None or self.reading or self.paused or not self.session.wants_content:
+            return
+        self.reading = True
+        read = asyncio.get_running_loop().run_in_executor(None, next, self.pieces, b"")
+        read.add_done_callback(partial(self.piece, self.pieces))
+
+    def piece(self, pieces: Iterator[bytes], read: asyncio.Future[bytes]) -> None:
+        self.reading = False
+        if self.pieces is not pieces:
+            # It was for a mail that ended meanwhile.
+            self.pump()
+            return
+        if not self.session.wants_content or read.cancelled():
+            return
+        error = read.exception()
+        octets = b"" if error is not None else read.result()
+        self.left -= len(octets)
+        if error is not None or self.left < 0 or (not octets and self.left > 0):
+            # Without its end of data the upstream takes nothing of it.
+            self.lose_content(error)
+            return
+        self.acted = self.sink.now()
+        self.session.content(octets, last=self.left == 0)
+        self.flush()
+
+    def lose_content(self, error: BaseException | None) -> None:
+        job = self.job
+        assert job is not None
+        self.job = None
+        self.pieces = None
+        self.abort()
+        context: dict[str, object] = {"message": f"the content of {job.delivery.message.id} cannot be read as it was stored"}
+        if error is not None:
+            context["exception"] = error
+        asyncio.get_running_loop().call_exception_handler(context)
+        self.sink.finish(job, BROKEN)
+
+    async def secure(self) -> None:
+        transport, context = self.transport, self.sink.context
+        assert transport is not None
+        assert context is not None
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport,
+                self,
+                context,
+                server_hostname=self.host.name,
+                ssl_handshake_timeout=max(self.setup_until - self.sink.now(), 0.001),
+            )
+        except (OSError, ssl.SSLError) as error:
+            event = self.session.stop(f"TLS handshake failed: {_reason(error)}")
+            if self.sink.opportunistic and isinstance(event, Unusable):
+                # As good as a host without STARTTLS, and no reason to think less of it.
+                self.host.clear_until = self.sink.now() + CLEAR
+                event.stale = True
+            self.lost(transport, event)
+            return
+        if secured is None or self.session.closing:
+            self.lost(secured or transport, self.session.eof())
+            return
+        self.transport = secured
+        self.session.secured()
+        self.flush()
+
+    # ------------------------------------------------------------------------- ends
+
+    def lost(self, transport: asyncio.Transport, event: Event | None) -> None:
+        transport.abort()
+        self.sink.gone(self)
+        if event is not None:
+            self.happened(event)
+
+    def overdue(self, now: float) -> None:
+        """The sweep passes by."""
+        session = self.session
+        if self.job is None:
+            if self.shut_at and now - self.shut_at >= LINGER:
+                self.abort()
+            elif session.idle and now - self.acted >= self.sink.idle:
+                session.quit()
+                self.flush()
+            return
+        step = session.awaiting
+        until = min(self.job.deadline, self.acted + STEPS[step], self.setup_until if step == "setup" else self.job.deadline)
+        if now < until:
+            return
+        event = session.stop(f"no reply in time ({step})")
+        self.abort()
+        if event is not None:
+            self.happened(event)
+
+    def shut(self) -> None:
+        """Say what is left to say, then close. Nothing that is said here matters to mail."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            octets = self.session.outgoing()
+            if octets:
+                transport.write(octets)
+            # An upstream that does not read would hold this up: the sweep sees to that.
+            transport.close()
+            self.shut_at = self.sink.now()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class RelaySink:
+    """``type = "relay"``: SMTP to one of several hosts. Raises ValueError for ``mx = true``, and
+    OSError or ssl.SSLError for a ``ca_file`` that cannot be used."""
+
+    lmtp = False
+
+    def __init__(self, name: str, config: RelayConfig | LmtpConfig, hostname: str) -> None:
+        if not config.hosts:
+            raise ValueError(f'sink {name}: mx = true is not offered yet; write hosts = ["mail.example.net:25"]')
+        self.name = name
+        self.carries_binary = config.binarymime
+        self.context = client_context(config.tls, config.ca_file)
+        self.opportunistic = config.tls == "opportunistic"
+        self.idle = config.idle
+        self._timeout = config.timeout
+        self._hosts = [Host(label) for label in config.hosts]
+        self._terms = Terms(
+            hostname=hostname,
+            lmtp=self.lmtp,
+            tls=config.tls,
+            username=config.username,
+            password=config.password,
+            pipelining=config.pipelining,
+            binarymime=config.binarymime,
+        )
+        self._warm: list[Connection] = []
+        self._connections: set[Connection] = set()
+        self._dialing: set[Job] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._tick = min(max(config.timeout / 10, 0.01), 1.0)
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._empty: asyncio.Future[None] | None = None
+
+    async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, delivery: Delivery) -> None:
+        if self._closed:
+            delivery.settle_all(INTERRUPTED)
+            return
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        job = Job(delivery, self.now() + self._timeout + delivery.message.stored.size // 65536)
+        while self._warm:
+            connection = self._warm.pop()
+            if connection.session.idle:
+                connection.carry(job)
+                return
+        self._dial(job)
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in list(self._dialing):
+            self._dialing.discard(job)
+            self.finish(job, INTERRUPTED)
+        for connection in list(self._connections):
+            carried, connection.job = connection.job, None
+            connection.pieces = None
+            if carried is not None:
+                connection.abort()
+                self.finish(carried, INTERRUPTED)
+            else:
+                connection.session.quit()
+                connection.shut()
+        self._warm.clear()
+        if self._connections:
+            self._empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._empty], timeout=2.0)
+            for connection in list(self._connections):
+                connection.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ------------------------------------------------------------------ connections
+
+    def now(self) -> float:
+        assert self._loop is not None
+        return self._loop.time()
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _dial(self, job: Job) -> None:
+        self._dialing.add(job)
+        self.spawn(self._connect(job))
+
+    async def _connect(self, job: Job) -> None:
+        try:
+            connection = await self._connected(job)
+        except Exception as error:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"sink {self.name} failed on {job.delivery.id}", "exception": error}
+            )
+            self._dialing.discard(job)
+            self.finish(job, BROKEN)
+            return
+        self._dialing.discard(job)
+        if connection is not None:
+            connection.carry(job)
+        else:
+            self.finish(job, None)
+
+    async def _connected(self, job: Job) -> Connection | None:
+        """A connection to the best host that is left for this job; None if none is."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = self.now()
+            left = [host for host in self._hosts if host not in job.tried]
+            if not left or now >= job.deadline:
+                return None
+            fit = [host for host in left if host.until <= now]
+            host = min(fit, key=lambda host: host.connections) if fit else min(left, key=lambda host: host.until)
+            until = now + (job.deadline - now) / len(left)
+            terms = replace(self._terms, clear_login=host.local)
+            if terms.tls == "opportunistic" and host.clear_until > now:
+                terms = replace(terms, tls="off")
+            connection = Connection(self, host, terms)
+            try:
+                async with asyncio.timeout_at(min(until, now + CONNECT)):
+                    await _open(connection)
+            except (OSError, UnicodeError) as error:
+                self._blame(job, host, Reply.untrusted(451, f"4.4.1 cannot connect to {host.label}: {_reason(error)}"), down=True)
+                continue
+            connection.setup_until = until
+            connection.acted = self.now()
+            host.connections += 1
+            self._connections.add(connection)
+            if self._timer is None:
+                self._timer = loop.call_later(self._tick, self._sweep)
+            return connection
+
+    def _blame(self, job: Job, host: Host, reply: Reply, down: bool) -> None:
+        host.failed(self.now())
+        job.tried.add(host)
+        job.last = reply
+        job.remote = host.label
+        job.down = job.down and down
+
+    def _sweep(self) -> None:
+        self._timer = None
+        now = self.now()
+        for connection in list(self._connections):
+            connection.overdue(now)
+        if self._connections and self._timer is None and not self._closed:
+            assert self._loop is not None
+            self._timer = self._loop.call_later(self._tick, self._sweep)
+
+    def gone(self, connection: Connection) -> None:
+        """The connection is lost, whoever ended it."""
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        connection.host.connections -= 1
+        if connection in self._warm:
+            self._warm.remove(connection)
+        if not self._connections and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
+
+    # --------------------------------------------------------------- ends of a job
+
+    def settled(self, connection: Connection, job: Job, event: Settled) -> None:
+        outcomes = event.outcomes
+        session = connection.session
+        if session.idle:
+            connection.host.works()
+            if connection.mails >= min(session.mail_limit or MAILS, MAILS):
+                session.quit()
+        for index, outcome in zip(job.todo, outcomes, strict=True):
+            job.outcomes[index] = outcome
+        if None in outcomes:
+            # The upstream takes fewer recipients in one transaction: the others follow.
+            job.todo = [index for index in job.todo if job.outcomes[index] is None]
+            if session.idle:
+                connection.carry(job)
+            else:
+                connection.flush()
+                self._dial(job)
+            return
+        connection.flush()
+        if session.idle:
+            self._warm.append(connection)
+        self.finish(job, None)
+
+    def unusable(self, connection: Connection, job: Job, event: Unusable) -> None:
+        host = connection.host
+        if event.stale and not job.again:
+            job.again = True
+            job.last, job.remote = event.reply, host.label
+        else:
+            self._blame(job, host, event.reply, event.down)
+        self._dial(job)
+
+    def finish(self, job: Job, outcome: Outcome | None) -> None:
+        """Settle; what was not decided is ``outcome``, or why no host was of use."""
+        if outcome is None and None in job.outcomes:
+            reply = job.last or Reply(451, "4.4.1", "no host answered in time")
+            outcome = Outcome("deferred", reply, job.remote, down=job.down)
+        job.delivery.settle([decided or cast(Outcome, outcome) for decided in job.outcomes])
+
+
+class LmtpSink(RelaySink):
+    """``type = "lmtp"``: a mail store (RFC 2033), one reply per recipient."""
+
+    lmtp = True
+
+
+async def _open(connection: Connection) -> None:
+    loop = asyncio.get_running_loop()
+    host = connection.host
+    if host.path is not None:
+        await loop.create_unix_connection(lambda: connection, host.path)
+    else:
+        await loop.create_connection(lambda: connection, host.name, host.port)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "protocol error"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
