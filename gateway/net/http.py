@@ -68,7 +68,7 @@ class HttpClient(Protocol):
 
 
 def http_client(kind: Literal["pyreqwest", "aiohttp"], connections: int) -> HttpClient:
-    """A client. ``connections``: requests out at once, and idle connections kept."""
+    """A client. ``connections``: requests out at once, and (pyreqwest alone) idle connections kept."""
     return _Pyreqwest(connections) if kind == "pyreqwest" else _Aiohttp(connections)
 
 
@@ -145,8 +145,10 @@ class _Aiohttp:
 
     def _open(self) -> ClientSession:
         aiohttp = self._aiohttp
+        # No connection is used twice: what a peer sends on an idle one, aiohttp takes for the answer
+        # to the next request, and a mail would count as delivered that nobody has.
         session: ClientSession = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, limit_per_host=self._connections),
+            connector=aiohttp.TCPConnector(limit=self._connections, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
