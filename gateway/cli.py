@@ -406,7 +406,7 @@ def queue_export(file: Path | None, spool: Path | None, id: str, output: Path | 
     """The octets of one message, with our trace header, as they would be relayed."""
     content = _Shards(file, spool).export(id)
     if output is None:
-        click.get_binary_stream("stdout").write(content)
+        sys.stdout.buffer.write(content)
         return
     try:
         output.write_bytes(content)

@@ -87,9 +87,9 @@ class ConfigError(Exception):
 
 # ------------------------------------------------------- values written as text
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE | re.ASCII)
 _SIZE_UNITS = {"b": 1} | {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)", re.ASCII)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _DURATION_HELP = 'must be a duration like "250ms", "30s", "5m", "4h" or "5d"'
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -166,7 +166,7 @@ def split_address(address: str, port: int | None = None) -> tuple[str, int]:
             raise ValueError(f"{host!r} is neither an address nor a host name")
     if not rest and port is not None:
         return host, port
-    if not re.fullmatch(r":\d{1,5}", rest) or int(rest[1:]) > 65535:
+    if not re.fullmatch(r":[0-9]{1,5}", rest) or int(rest[1:]) > 65535:
         raise ValueError(f'{address!r} must end in a port between 0 and 65535; write "host:port"')
     return host, int(rest[1:])
 
@@ -189,7 +189,7 @@ def _listen_address(value: str) -> str:
             raise ValueError('the path of a unix socket is absolute; write "unix:/run/gateway/smtp.sock"')
         return value
     if value.startswith("fd:"):
-        if not value[3:].isdigit():
+        if not re.fullmatch(r"fd:[0-9]+", value):
             raise ValueError('a passed-on socket is named by its number; write "fd:3"')
         return value
     split_address(value)
@@ -429,7 +429,7 @@ class Limits(Table):
     demanded of content after 30 s. ``memory``: octets of content that one worker holds in
     memory before it stops reading from clients."""
 
-    message_size: Annotated[Size, Field(ge=64 * 1024)] = 25 * 2**20
+    message_size: Annotated[Size, Field(ge=1)] = 25 * 2**20
     recipients: Annotated[int, Field(ge=1)] = 1000
     connections: Annotated[int, Field(ge=1)] = 10_000
     connections_per_client: Annotated[int, Field(ge=1)] = 100
@@ -938,9 +938,9 @@ def _sink_of(url: str) -> dict[str, Any]:
             return {"type": "relay", "hosts": [where], **login}
         case "lmtp" if where and parts.path in ("", "/"):
             return {"type": "lmtp", "hosts": [where], **login}
-        case "lmtp" if not where and len(parts.path) > 1:
+        case "lmtp" if not where and parts.path.startswith("/") and len(parts.path) > 1:
             return {"type": "lmtp", "hosts": [f"unix:{unquote(parts.path)}"]}
-        case "file" if where in ("", "localhost") and len(parts.path) > 1:
+        case "file" if where in ("", "localhost") and parts.path.startswith("/") and len(parts.path) > 1:
             return {"type": "file", "path": unquote(parts.path)}
         case "stdout" | "discard" if not where and not parts.path:
             return {"type": parts.scheme}
@@ -1321,6 +1321,8 @@ def _warnings(config: Config) -> list[Fault]:
     found: list[Fault] = []
     if "." not in config.hostname:
         found.append((("hostname",), f"{config.hostname!r} is no full domain name; many servers refuse mail from such a name"))
+    if config.limits.message_size < 64 * 1024:
+        found.append((("limits", "message_size"), "RFC 5321 wants at least 64 KiB to be taken"))
     if config.limits.recipients < 100:
         found.append((("limits", "recipients"), "RFC 5321 wants at least 100 recipients to be taken"))
     anyone = [Route(tuple(route.recipients), ()) for route in config.routes]
