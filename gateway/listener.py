@@ -1,0 +1,716 @@
+"""The network side of the server: bound addresses, connections, their limits and deadlines.
+
+Owns sockets, back-pressure and time-outs; moves bytes between a transport and a
+ServerSession, and the session's events to the Intake. Knows no SMTP: what is said and when
+is the session's business, what becomes of a mail the intake's.
+
+Invariants: one write per read; nothing is read while an answer, a verdict, the disk or the
+client's own reading is behind; no timer per connection (one sweep a second looks at all);
+an idle connection is two small objects. A fault of ours never loses a mail: before the end
+of data the client hears 421, after it the connection closes without a word (DESIGN §7).
+
+RFC 5321 §4.5.3.2 (time-outs), RFC 2920 §3.2 (what a client may send at once).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import socket
+import termios
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from ipaddress import IPv6Address, ip_address
+from itertools import count
+from typing import Protocol, cast
+
+from .contracts import Draft, Intake, Observer, Verdict
+from .message import Client
+from .reply import Reply
+from .smtp.server import Asked, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession
+
+#: Clients that wait to be accepted; the kernel takes its own limit if that is lower.
+BACKLOG = 4096
+#: Connections taken in one turn of the loop, so that those that are in get their turn too.
+BATCH = 16
+#: The same where several processes take from one socket: few, so that each gets its share.
+SHARED_BATCH = 4
+#: Seconds between looks at the deadlines of all connections.
+SWEEP = 1.0
+#: Seconds after which content must come at ``minimum_rate``.
+RATE_GRACE = 30.0
+#: Time-outs (seconds) while nearly all connections are taken.
+STRESS_TIMEOUT = 10.0
+#: Share of the connections from which on a listener is under stress.
+STRESS = 0.9
+#: Seconds that a closed connection is still read, so that a reset does not overtake our last reply.
+LINGER = 2.0
+#: Octets that are read over in that time.
+LINGER_OCTETS = 1024 * 1024
+#: Seconds that a client may take to read our last reply.
+LAST_WORD = 30.0
+#: Content from this size on is acknowledged at once (TCP_QUICKACK), or a sender with Nagle stalls on it.
+QUICKACK_FROM = 128 * 1024
+#: Longest rest, in seconds, while descriptors or memory lack.
+LONGEST_REST = 1.0
+
+TOO_MANY = Reply(421, "4.3.2", "too many connections, try again later")
+TOO_MANY_OF_YOURS = Reply(421, "4.7.0", "too many connections from your address, try again later")
+NO_MEANS = Reply(421, "4.3.2", "out of resources, try again later")
+TIMED_OUT = Reply(421, "4.4.2", "time-out, closing")
+SHUTTING_DOWN = Reply(421, "4.3.2", "shutting down, try again later")
+BUG = Reply(421, "4.3.0", "internal fault, try again later")
+
+# What a connection waits for, as far as its deadline goes.
+NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING = range(6)
+
+_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+_NOTHING = b"\0\0\0\0"
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Limits(Protocol):
+    """What the listener asks of ``[limits]``; seconds, octets a second."""
+
+    @property
+    def connections(self) -> int: ...
+    @property
+    def connections_per_client(self) -> int: ...
+    @property
+    def command_timeout(self) -> float: ...
+    @property
+    def data_timeout(self) -> float: ...
+    @property
+    def idle_timeout(self) -> float: ...
+    @property
+    def minimum_rate(self) -> int: ...
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket that does not block. A host that has several addresses is bound
+    at the first one, IPv4 before IPv6. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # "[::]" says IPv6, whatever the machine's default: 0.0.0.0 can stand beside it.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def spoken(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """``host:port`` or ``[v6]:port`` of a socket's address."""
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+
+def plain(host: str) -> str:
+    """An IP address as we tell it: without a zone, IPv4 that came through an IPv6 socket as IPv4."""
+    host = host.partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
+
+
+class Admission:
+    """Who is in, over all listeners of the process: so many in all, so many of one client
+    (an IPv4 address, an IPv6 /64; loopback is not counted by client)."""
+
+    __slots__ = ("_clients", "_descriptors", "count", "limits")
+
+    def __init__(self, limits: Limits, descriptors: int | None = None) -> None:
+        """``limits`` may be replaced at any time. ``descriptors``: connections that the process
+        has descriptors for, if it is known."""
+        self.limits = limits
+        self.count = 0
+        self._descriptors = descriptors
+        self._clients: dict[str, int] = {}
+
+    @property
+    def room(self) -> int:
+        most = self.limits.connections
+        return most if self._descriptors is None else min(most, self._descriptors)
+
+    def enter(self, ip: str) -> Reply | None:
+        """None: the client is in, ``leave`` must follow. Else the reply for it."""
+        if self.count >= self.room:
+            return TOO_MANY
+        key = _key(ip)
+        if key:
+            here = self._clients.get(key, 0)
+            if here >= self.limits.connections_per_client:
+                return TOO_MANY_OF_YOURS
+            self._clients[key] = here + 1
+        self.count += 1
+        return None
+
+    def leave(self, ip: str) -> None:
+        self.count -= 1
+        key = _key(ip)
+        if key:
+            here = self._clients[key] - 1
+            if here:
+                self._clients[key] = here
+            else:
+                del self._clients[key]
+
+    @property
+    def stress(self) -> bool:
+        return self.count >= self.room * STRESS
+
+
+def _key(ip: str) -> str:
+    if ip.startswith("127.") or ip == "::1":
+        return ""
+    if ":" in ip:
+        return str(IPv6Address(int(ip_address(ip)) >> 64 << 64))
+    return ip
+
+
+class Listener:
+    """One bound address. ``rules`` may be replaced at any time: they hold for connections that
+    come later. ``name``: the real address."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        rules: Rules,
+        intake: Intake,
+        *,
+        observer: Observer,
+        admission: Admission,
+        session_ids: Callable[[], str],
+        shared: bool = False,
+    ) -> None:
+        """``shared``: other processes take connections from this socket as well."""
+        self.sock = sock
+        self.name = spoken(sock.getsockname())
+        self.rules = rules
+        self.intake = intake
+        self.observer = observer
+        self.admission = admission
+        self.connections: set[Connection] = set()
+        self.session_ids = session_ids
+        self._batch = SHARED_BATCH if shared else BATCH
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._rest = 0.0
+        self._resting: asyncio.TimerHandle | None = None
+        self._spare: int | None = None
+        self._open = False
+        self._empty = asyncio.Event()
+
+    # ------------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Take connections from now on."""
+        self.loop = asyncio.get_running_loop()
+        self._open = True
+        # Given up for a moment when descriptors run out, so that a client can be told why.
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self.loop.add_reader(self.sock.fileno(), self._accept)
+        self._timer = self.loop.call_later(SWEEP, self._sweep)
+
+    def stop(self) -> None:
+        """Take no more; those that are in stay."""
+        if not self._open:
+            return
+        self._open = False
+        self.loop.remove_reader(self.sock.fileno())
+        if self._resting is not None:
+            self._resting.cancel()
+        self.sock.close()
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+
+    def drain(self, reply: Reply = SHUTTING_DOWN) -> None:
+        """Take no more and let go those that are in, each at the first moment that loses nothing."""
+        self.stop()
+        for connection in tuple(self.connections):
+            connection.stop(reply)
+
+    async def gone(self) -> None:
+        """Returns when no connection is left."""
+        while self.connections or self._tasks:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def close(self) -> None:
+        """Cut whoever is still there, without a word."""
+        self.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for connection in tuple(self.connections):
+            connection.cut()
+
+    # ------------------------------------------------------------- accepting
+
+    def _accept(self) -> None:
+        for _ in range(self._batch):
+            try:
+                sock, address = self.sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    self._starved(error)
+                    return
+                # The client is gone again, or the kernel's firewall said no (accept(2)): not our fault.
+                continue
+            self._admit(sock, plain(address[0]), address[1])
+        self._rest = 0.0
+
+    def _admit(self, sock: socket.socket, ip: str, port: int) -> None:
+        reply = self.admission.enter(ip)
+        if reply is not None:
+            self._turn_away(sock, ip, reply)
+            return
+        task = self.loop.create_task(self._attach(sock, Client(ip, port)))
+        self._tasks.add(task)
+        task.add_done_callback(self._attached)
+
+    def _turn_away(self, sock: socket.socket, ip: str, reply: Reply) -> None:
+        self.observer.event("shed", reason=reply.text, listener=self.name, client=ip)
+        try:
+            sock.setblocking(False)
+            sock.send(reply.wire)
+        except OSError:
+            pass
+        sock.close()
+
+    async def _attach(self, sock: socket.socket, client: Client) -> None:
+        connection = Connection(self, sock, client)
+        try:
+            await self.loop.connect_accepted_socket(lambda: connection, sock)
+        except (OSError, RuntimeError):
+            # Reset before we came to it.
+            sock.close()
+        finally:
+            if not connection.entered:
+                self.admission.leave(client.ip or "")
+
+    def _attached(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._empty.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.observer.event("bug", message=f"accepting: {error!r}", traceback=_trace(error))
+
+    def _starved(self, error: OSError) -> None:
+        """No descriptor or no memory for another connection: tell some why, then rest (asking
+        on and on would spin)."""
+        self.observer.event("shed", reason=f"cannot accept: {error.strerror}", listener=self.name)
+        for _ in range(self._batch):
+            if error.errno != errno.EMFILE or self._spare is None:
+                break
+            os.close(self._spare)
+            try:
+                sock, address = self.sock.accept()
+            except OSError:
+                self._refill()
+                break
+            self._turn_away(sock, plain(address[0]), NO_MEANS)
+            self._refill()
+        self.loop.remove_reader(self.sock.fileno())
+        self._rest = min(max(self._rest * 2, 0.05), LONGEST_REST)
+        self._resting = self.loop.call_later(self._rest, self._rested)
+
+    def _refill(self) -> None:
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            self._spare = None
+
+    def _rested(self) -> None:
+        self._resting = None
+        if self._spare is None:
+            self._refill()
+        self.loop.add_reader(self.sock.fileno(), self._accept)
+
+    # ------------------------------------------------------------- deadlines
+
+    def _sweep(self) -> None:
+        self._timer = self.loop.call_later(SWEEP, self._sweep)
+        now = self.loop.time()
+        limits = self.admission.limits
+        most = STRESS_TIMEOUT if self.admission.stress else float("inf")
+        late = (
+            min(limits.idle_timeout, most),
+            min(limits.command_timeout, most),
+            min(limits.data_timeout, most),
+        )
+        for connection in tuple(self.connections):
+            connection.look(now, late)
+
+    def left(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self.admission.leave(connection.client.ip or "")
+        self._empty.set()
+
+
+class SessionIds:
+    """Short ids of connections: unique in this process and, but for a chance of 1 in 2**40, beyond."""
+
+    def __init__(self) -> None:
+        self._prefix = os.urandom(5).hex()
+        self._numbers = count(1)
+
+    def __call__(self) -> str:
+        return f"{self._prefix}{next(self._numbers):x}"
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection: bytes in, bytes out, and the clock of what it waits for."""
+
+    __slots__ = (
+        "_begun",
+        "_draft",
+        "_ended",
+        "_number",
+        "_octets",
+        "_owed",
+        "_paid",
+        "_phase",
+        "_running",
+        "_since",
+        "_sock",
+        "_stopped",
+        "_stuck",
+        "_timer",
+        "_transport",
+        "client",
+        "entered",
+        "id",
+        "listener",
+        "session",
+    )
+
+    _transport: asyncio.Transport
+
+    def __init__(self, listener: Listener, sock: socket.socket, client: Client) -> None:
+        self.listener = listener
+        self.client = client
+        self.id = listener.session_ids()
+        self.session = ServerSession(listener.rules, client, self.id, listener.name)
+        self.entered = False  # connection_made was called; connection_lost will be
+        self._sock = sock
+        self._draft: Draft | None = None  # of the content that comes now …
+        self._number = 0  # … in this transaction
+        self._owed: dict[int, Draft] | None = None  # after their end of data, not answered yet
+        self._running: list[Event] | None = None  # events being carried out
+        self._stopped = False  # reading is paused
+        self._stuck = False  # the client does not read
+        self._ended = False  # the client sends no more
+        self._timer: asyncio.Handle | None = None  # the end of a tarpit, or the next turn
+        self._phase = OURS
+        self._since = 0.0  # loop time: when this wait began; CONTENT: when octets came last
+        self._begun = 0.0  # CONTENT: loop time of its begin
+        self._paid = 0.0  # CONTENT: loop time until which its octets last at the least rate
+        self._octets = 0  # CONTENT: that came; CLOSING: that were read over
+
+    # ------------------------------------------------------ asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        listener = self.listener
+        # uvloop's transports are none of asyncio's classes.
+        self._transport = cast(asyncio.Transport, transport)
+        self.entered = True
+        listener.connections.add(self)
+        listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip)
+        try:
+            # A client that talks before it is greeted is not waiting for us to agree to anything.
+            early = fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
+            self._run(self.session.start(early))
+        except Exception as error:
+            self._bug(error)
+
+    def data_received(self, data: bytes) -> None:
+        phase = self._phase
+        if phase == CONTENT:
+            self._count(len(data))
+        elif phase == NEXT:
+            self._phase = COMMAND
+            self._since = self.listener.loop.time()
+        elif phase == CLOSING:
+            self._octets += len(data)
+            if self._octets > LINGER_OCTETS:
+                self.cut()
+            return
+        try:
+            self._run(self.session.receive(data))
+        except Exception as error:
+            self._bug(error)
+
+    def eof_received(self) -> bool:
+        """The client sends no more, but may still read: what is owed to it goes out first."""
+        if self._phase == CLOSING:
+            return False
+        self._ended = True
+        try:
+            self._run(self.session.eof())
+        except Exception as error:
+            self._bug(error)
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        was_closing = self._phase == CLOSING
+        self._phase = CLOSING
+        self._disarm()
+        if not (self._ended or was_closing):
+            self._ended = True
+            try:
+                self._run(self.session.eof())
+            except Exception as error:
+                self._tell(error)
+        self._forget()
+        self.listener.left(self)
+
+    def pause_writing(self) -> None:
+        self._stuck = True
+        self._hold(True)
+        self._wait(STUCK)
+
+    def resume_writing(self) -> None:
+        self._stuck = False
+        if self._running is None:
+            self._settle()
+
+    # ---------------------------------------------------------------- events
+
+    def _run(self, events: list[Event]) -> None:
+        """Carry out what the session tells, then do what it asks for."""
+        if self._running is not None:
+            # An answer that came while its question was being passed on: after what is before it.
+            self._running.extend(events)
+            return
+        if events:
+            self._running = events
+            try:
+                for event in events:  # grows meanwhile
+                    self._carry(event)
+            finally:
+                self._running = None
+        self._settle()
+
+    def _carry(self, event: Event) -> None:
+        listener = self.listener
+        if isinstance(event, MailContent):
+            if self._draft is not None:
+                self._draft.write(event.octets)
+        elif isinstance(event, MailStarted):
+            self._number = event.transaction.number
+            self._draft = listener.intake.begin(event.transaction, self._drained)
+        elif isinstance(event, MailFinished):
+            draft, self._draft = self._draft, None
+            assert draft is not None
+            if self._owed is None:
+                self._owed = {}
+            self._owed[event.number] = draft
+            draft.finish(partial(self._answer, event.number))
+        elif isinstance(event, Refused):
+            listener.observer.event(
+                "refused",
+                session=self.id,
+                listener=listener.name,
+                client=self.client.ip,
+                stage=event.stage,
+                code=event.reply.code,
+                reply=str(event.reply),
+                address=event.address,
+            )
+        elif isinstance(event, Asked):
+            listener.intake.ask(event.question, event.checks, self._judged)
+        elif isinstance(event, MailAborted):
+            self._abort(event.number)
+        else:
+            raise TypeError(f"no way to carry out {event!r}")
+
+    def _abort(self, number: int) -> None:
+        if self._draft is not None and number == self._number:
+            draft, self._draft = self._draft, None
+            draft.abort()
+        elif self._owed and number in self._owed:
+            self._owed.pop(number).abort()
+
+    def _answer(self, number: int, reply: Reply | Sequence[Reply] | None) -> None:
+        if not self._owed or self._owed.pop(number, None) is None:
+            return  # the client is gone
+        try:
+            self._run(self.session.answer(number, reply))
+        except Exception as error:
+            self._bug(error)
+
+    def _judged(self, verdict: Verdict) -> None:
+        if self._phase == CLOSING:
+            return
+        try:
+            self._run(self.session.verdict(verdict))
+        except Exception as error:
+            self._bug(error)
+
+    def _drained(self) -> None:
+        if self._running is None and self._phase != CLOSING:
+            self._settle()
+
+    def _proceed(self) -> None:
+        self._timer = None
+        try:
+            self._run(self.session.proceed())
+        except Exception as error:
+            self._bug(error)
+
+    # ------------------------------------------------------ what comes of it
+
+    def _settle(self) -> None:
+        """Write, close, pause, resume and set the clock as the session and its mail now want it."""
+        session = self.session
+        if self._phase == CLOSING or self._transport.is_closing():
+            return
+        if session.delay:
+            if self._timer is None:
+                self._timer = self.listener.loop.call_later(session.delay, self._proceed)
+            self._hold(True)
+            self._phase = OURS
+            return
+        octets = session.outgoing()
+        if octets:
+            self._transport.write(octets)
+        if session.closing:
+            self._close()
+            return
+        if session.more and self._timer is None and not self._stuck:
+            self._timer = self.listener.loop.call_soon(self._proceed)
+        draft = self._draft
+        awaiting = session.awaiting
+        # Until the greeting is out nobody may talk: whoever does is to be noticed.
+        hold = self._stuck or session.more or (session.paused and awaiting != "greeting") or (draft is not None and draft.full)
+        if hold is not self._stopped:
+            self._hold(hold)
+        if self._stuck:
+            if self._phase != STUCK:
+                self._wait(STUCK)
+        elif hold or awaiting == "greeting" or awaiting == "answer":
+            self._phase = OURS
+        elif awaiting == "content":
+            if self._phase != CONTENT:
+                self._wait(CONTENT)
+                self._begun = self._paid = self._since
+                self._octets = 0
+            elif _QUICKACK is not None and self._octets >= QUICKACK_FROM:
+                # A sender with Nagle stalls on a delayed acknowledgement. It does not stick: once a read.
+                self._sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+        elif octets or self._phase > COMMAND:
+            self._wait(NEXT)
+
+    def _wait(self, phase: int) -> None:
+        self._phase = phase
+        self._since = self.listener.loop.time()
+
+    def _count(self, octets: int) -> None:
+        limits = self.listener.admission.limits
+        self._since = now = self.listener.loop.time()
+        self._octets += octets
+        if limits.minimum_rate:
+            # What came fast pays for a pause, but for no more than data_timeout of it.
+            self._paid = min(self._paid + octets / limits.minimum_rate, now + limits.data_timeout)
+
+    def _hold(self, hold: bool) -> None:
+        self._stopped = hold
+        if self._transport.is_closing():
+            return
+        if hold:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def look(self, now: float, late: tuple[float, float, float]) -> None:
+        """Is the deadline over? ``late``: seconds by phase (NEXT, COMMAND, CONTENT)."""
+        phase = self._phase
+        waited = now - self._since
+        if phase <= CONTENT:
+            slow = phase == CONTENT and self._paid < now > self._begun + RATE_GRACE and self.listener.admission.limits.minimum_rate > 0
+            if slow or waited > late[phase]:
+                self.stop(TIMED_OUT)
+        elif phase == STUCK:
+            if waited > late[COMMAND]:
+                self.cut()
+        elif phase == CLOSING and waited > LINGER and (waited > LAST_WORD or not self._transport.get_write_buffer_size()):
+            self.cut()
+
+    # ---------------------------------------------------------------- the end
+
+    def stop(self, reply: Reply) -> None:
+        """Say ``reply`` and close; mail after its end of data is answered before."""
+        if self._phase == CLOSING:
+            return
+        try:
+            self._run(self.session.stop(reply))
+        except Exception as error:
+            self._bug(error)
+
+    def cut(self) -> None:
+        """Close now, whatever is still to be written."""
+        self._transport.abort()
+
+    def _close(self) -> None:
+        """Our last octets are on their way. The client's may still be: a reset that answers them
+        could overtake ours, so that what comes is read over until it hangs up, or for a moment."""
+        self._disarm()
+        self._forget()
+        self._octets = 0
+        self._wait(CLOSING)
+        if self._ended or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._transport.write_eof()
+        if self._stopped:
+            self._hold(False)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _forget(self) -> None:
+        drafts = list(self._owed.values()) if self._owed else []
+        if self._draft is not None:
+            drafts.append(self._draft)
+        self._draft = self._owed = None
+        for draft in drafts:
+            try:
+                draft.abort()
+            except Exception as error:
+                self._tell(error)
+
+    def _bug(self, error: Exception) -> None:
+        """Nothing here can be relied on any more. What is after its end of data gets no word,
+        because the truth about it comes later."""
+        self._tell(error)
+        if self._phase == CLOSING or self._transport.is_closing():
+            self.cut()
+            return
+        owed = bool(self._owed)
+        try:
+            octets = self.session.outgoing()
+        except Exception as another:
+            self._tell(another)
+            octets = b""
+        self._transport.write(octets if owed else octets + BUG.wire)
+        self._close()
+
+    def _tell(self, error: Exception) -> None:
+        self.listener.observer.event("bug", message=f"{type(error).__name__}: {error}", traceback=_trace(error), session=self.id)
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
