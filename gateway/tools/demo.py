@@ -100,12 +100,16 @@ def _cut(text: Any) -> Any:
 
 
 class Receiver:
-    """The webhook's far side. Every POST that is signed is printed and answered 200, any other 401."""
+    """The webhook's far side. Every POST that is signed is shown and answered 200, any other 401.
+
+    What comes before ``release`` is shown then: the webhook is called while the dialogue of the
+    first mail still goes on, and a person wants to read one after the other."""
 
     def __init__(self, secret: str) -> None:
         self.url = ""
         self.arrived = asyncio.Event()
         self._secret = secret
+        self._held: list[str] | None = []
         application = web.Application(client_max_size=LARGEST)
         application.router.add_post("/inbound", self._inbound)
         self._runner = web.AppRunner(application, access_log=None)
@@ -122,12 +126,23 @@ class Receiver:
     async def _inbound(self, request: web.Request) -> web.Response:
         body = await request.read()
         if not signature_is_good(self._secret, request.headers, body):
-            show(f"A request without a good signature was turned away ({len(body)} octets).")
+            self._show(f"A request without a good signature was turned away ({len(body)} octets).")
             return web.Response(status=401)
-        show(f"\nThe webhook got this, webhook-id {request.headers['webhook-id']}, signature checked:\n")
-        show(json.dumps(shortened(json.loads(body)), indent=2, ensure_ascii=False))
+        self._show(f"\nThe webhook got this, webhook-id {request.headers['webhook-id']}, signature checked:\n")
+        self._show(json.dumps(shortened(json.loads(body)), indent=2, ensure_ascii=False))
         self.arrived.set()
         return web.Response()
+
+    def _show(self, text: str) -> None:
+        if self._held is None:
+            show(text)
+        else:
+            self._held.append(text)
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        for text in held:
+            show(text)
 
 
 class Served:
@@ -257,6 +272,8 @@ async def _first_mail(gateway: Served, receiver: Receiver) -> None:
         await asyncio.wait_for(receiver.arrived.wait(), ARRIVAL)
     except TimeoutError:
         raise DemoError(f"nothing came to the webhook within {ARRIVAL:.0f} s") from None
+    finally:
+        receiver.release()
 
 
 def run(once: bool) -> int:

@@ -58,6 +58,8 @@ async def test_the_receiver_shows_what_is_signed_and_turns_the_rest_away(capsys:
         async with client.post(receiver.url, data=BODY, headers=signed()) as answer:
             assert answer.status == 200
         assert receiver.arrived.is_set()
+        assert capsys.readouterr().out == ""
+        receiver.release()
     out = capsys.readouterr().out
     assert out.count("webhook-id id_1") == 1
     assert "(400 characters of base64)" in out
