@@ -16,7 +16,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_Substring
 from libc.stdint cimport uint64_t
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 cdef extern from "Python.h":
     object PyUnicode_New(Py_ssize_t size, Py_UCS4 maxchar)
@@ -81,10 +81,38 @@ cdef extern from *:
     }
     #endif
 
+    /* Octets before the first control character (0-31, 127); high gets a bit set where one of
+       them may be over 127. */
+    static inline Py_ssize_t gateway_text(const unsigned char *p, Py_ssize_t n, int *high)
+    {
+        Py_ssize_t i = 0;
+        unsigned char seen = 0;
+    #if defined(__SSE2__) && !defined(GATEWAY_PORTABLE)
+        const __m128i low = _mm_set1_epi8(31), delete = _mm_set1_epi8(127);
+        int wide = 0;
+        for (; i + 16 <= n; i += 16) {
+            const __m128i x = _mm_loadu_si128((const __m128i *)(p + i));
+            const int control = _mm_movemask_epi8(_mm_or_si128(_mm_cmpeq_epi8(_mm_min_epu8(x, low), x), _mm_cmpeq_epi8(x, delete)));
+            const int over = _mm_movemask_epi8(x);
+            if (control) {
+                *high = wide | (over & ((control & -control) - 1));
+                return i + __builtin_ctz(control);
+            }
+            wide |= over;
+        }
+        seen = wide ? 128 : 0;
+    #endif
+        for (; i < n && p[i] > 31 && p[i] != 127; i++)
+            seen |= p[i];
+        *high = seen & 128;
+        return i;
+    }
+
     #define gateway_first(mask) __builtin_ctzll(mask)
     #define gateway_last(mask) (63 - __builtin_clzll(mask))
     """
     void look "gateway_look"(const unsigned char* p, uint64_t* cr, uint64_t* lf, uint64_t* dot, int* nul, int* high) noexcept nogil
+    Py_ssize_t line_text "gateway_text"(const unsigned char* p, Py_ssize_t n, int* high) noexcept nogil
     int first_bit "gateway_first"(uint64_t mask) noexcept nogil
     int last_bit "gateway_last"(uint64_t mask) noexcept nogil
 
@@ -110,7 +138,6 @@ cdef enum:
     QTEXT = 8
     DCONTENT = 16
     VALUE = 32     # of a parameter
-    CONTROL = 64
 
 cdef unsigned char CLASS[256]
 cdef unsigned char LOWER[256]
@@ -135,8 +162,6 @@ cdef void fill_tables() noexcept:
             bits |= DCONTENT
         if c > 32 and c != 127 and c != c"=":
             bits |= VALUE
-        if c < 32 or c == 127:
-            bits |= CONTROL
         CLASS[c] = bits
         LOWER[c] = c + 32 if 65 <= c <= 90 else c
 
@@ -182,16 +207,6 @@ cdef inline bint same_word(octets_t p, const char* word, Py_ssize_t n) noexcept 
             return False
     return True
 
-
-cdef inline Py_ssize_t line_text(octets_t p, Py_ssize_t n, bint* high) noexcept nogil:
-    """Octets before the first control character; ``high`` is set where one of them is over 127."""
-    cdef Py_ssize_t i = 0
-    cdef unsigned char seen = 0
-    while i < n and not CLASS[p[i]] & CONTROL:
-        seen |= p[i]
-        i += 1
-    high[0] = seen > 127
-    return i
 
 
 # --- addresses (RFC 5321 §4.1.2, RFC 6531 §3.3) --------------------------------------------
@@ -386,6 +401,66 @@ def parse_address(text: str) -> tuple[str, str] | None:
 
 # --- commands -----------------------------------------------------------------------------
 
+cdef enum Verb:
+    OTHER
+    MAIL
+    RCPT
+    DATA
+    BDAT
+    RSET
+    QUIT
+    EHLO
+    HELO
+    LHLO
+    NOOP
+    AUTH
+    HELP
+    VRFY
+    EXPN
+    STARTTLS
+
+cdef tuple VERBS = ("", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "QUIT", "EHLO", "HELO", "LHLO", "NOOP", "AUTH", "HELP", "VRFY", "EXPN", "STARTTLS")
+
+
+cdef Verb read_verb(octets_t p, Py_ssize_t n) noexcept nogil:
+    cdef unsigned char word[8]
+    cdef Py_ssize_t i
+    if n == 4:
+        for i in range(4):
+            word[i] = p[i] & 0xDF
+        if memcmp(word, b"RCPT", 4) == 0:
+            return RCPT
+        if memcmp(word, b"MAIL", 4) == 0:
+            return MAIL
+        if memcmp(word, b"DATA", 4) == 0:
+            return DATA
+        if memcmp(word, b"BDAT", 4) == 0:
+            return BDAT
+        if memcmp(word, b"RSET", 4) == 0:
+            return RSET
+        if memcmp(word, b"QUIT", 4) == 0:
+            return QUIT
+        if memcmp(word, b"EHLO", 4) == 0:
+            return EHLO
+        if memcmp(word, b"HELO", 4) == 0:
+            return HELO
+        if memcmp(word, b"LHLO", 4) == 0:
+            return LHLO
+        if memcmp(word, b"NOOP", 4) == 0:
+            return NOOP
+        if memcmp(word, b"AUTH", 4) == 0:
+            return AUTH
+        if memcmp(word, b"HELP", 4) == 0:
+            return HELP
+        if memcmp(word, b"VRFY", 4) == 0:
+            return VRFY
+        if memcmp(word, b"EXPN", 4) == 0:
+            return EXPN
+    elif n == 8 and same_word(p, b"STARTTLS", 8):
+        return STARTTLS
+    return OTHER
+
+
 @cython.final
 @cython.no_gc
 @cython.freelist(64)
@@ -397,24 +472,39 @@ cdef class Command:
     cdef readonly bint ascii
     cdef readonly bint last
     cdef readonly long long chunk_size
+    # Made when asked for: where an ASCII path, its @ and its end are in the argument (0: no such path).
+    cdef int path_start
+    cdef int path_at
+    cdef int path_end
     cdef str _address
     cdef str _local
     cdef str _domain
     cdef dict _params
 
     def __cinit__(self):
-        self.verb = self.argument = self._local = self._domain = ""
+        self.verb = self.argument = ""
 
     @property
     def address(self):
+        if self._address is None and self.path_end:
+            self._address = PyUnicode_Substring(self.argument, self.path_start, self.path_end)
         return self._address
 
     @property
     def local(self):
+        if self._local is None:
+            self._local = PyUnicode_Substring(self.argument, self.path_start, self.path_at)
         return self._local
 
     @property
     def domain(self):
+        cdef octets_t p
+        if self._domain is None:
+            if self.path_end:
+                p = <octets_t>PyUnicode_DATA(self.argument)
+                self._domain = lower_text(p + self.path_at + 1, self.path_end - self.path_at - 1, True)
+            else:
+                self._domain = ""
         return self._domain
 
     @property
@@ -431,46 +521,32 @@ cdef inline Command new_command(str verb, str fault):
     return command
 
 
-cdef str known_verb(octets_t p, Py_ssize_t n):
-    """The verb as one shared string, or None."""
+cdef str read_keyword(octets_t p, Py_ssize_t n):
+    """A parameter's keyword in upper case; the usual ones as one shared string."""
     if n == 4:
-        if same_word(p, b"RCPT", 4):
-            return "RCPT"
-        if same_word(p, b"MAIL", 4):
-            return "MAIL"
-        if same_word(p, b"DATA", 4):
-            return "DATA"
-        if same_word(p, b"BDAT", 4):
-            return "BDAT"
-        if same_word(p, b"QUIT", 4):
-            return "QUIT"
-        if same_word(p, b"EHLO", 4):
-            return "EHLO"
-        if same_word(p, b"RSET", 4):
-            return "RSET"
-        if same_word(p, b"NOOP", 4):
-            return "NOOP"
-        if same_word(p, b"HELO", 4):
-            return "HELO"
-        if same_word(p, b"LHLO", 4):
-            return "LHLO"
+        if same_word(p, b"SIZE", 4):
+            return "SIZE"
+        if same_word(p, b"BODY", 4):
+            return "BODY"
         if same_word(p, b"AUTH", 4):
             return "AUTH"
-        if same_word(p, b"HELP", 4):
-            return "HELP"
-        if same_word(p, b"VRFY", 4):
-            return "VRFY"
-        if same_word(p, b"EXPN", 4):
-            return "EXPN"
-    elif n == 8 and same_word(p, b"STARTTLS", 8):
-        return "STARTTLS"
-    return None
+    elif n == 5:
+        if same_word(p, b"ORCPT", 5):
+            return "ORCPT"
+        if same_word(p, b"ENVID", 5):
+            return "ENVID"
+    elif n == 6 and same_word(p, b"NOTIFY", 6):
+        return "NOTIFY"
+    elif n == 3 and same_word(p, b"RET", 3):
+        return "RET"
+    elif n == 8 and p[7] == c"8" and same_word(p, b"SMTPUTF", 7):
+        return "SMTPUTF8"
+    return ascii_text(p, n).upper()
 
 
 cdef str read_params(Command command, octets_t p, octets_t e):
     """Reads what follows a path; gives back a fault or None."""
     cdef octets_t start
-    cdef Py_ssize_t n
     cdef str keyword, value
     cdef dict params = {}
     while True:
@@ -484,13 +560,7 @@ cdef str read_params(Command command, octets_t p, octets_t e):
             return "parameter"
         while p < e and CLASS[p[0]] & KEYWORD:
             p += 1
-        n = p - start
-        if n == 4 and same_word(start, b"SIZE", 4):
-            keyword = "SIZE"
-        elif n == 4 and same_word(start, b"BODY", 4):
-            keyword = "BODY"
-        else:
-            keyword = ascii_text(start, n).upper()
+        keyword = read_keyword(start, p - start)
         value = None
         if p < e and p[0] == c"=":
             p += 1
@@ -509,9 +579,9 @@ cdef str read_params(Command command, octets_t p, octets_t e):
 
 cdef str read_path(Command command, octets_t p, octets_t e, bint forward):
     """Reads the argument of MAIL or RCPT; gives back a fault or None."""
+    cdef octets_t argument = p
     cdef octets_t open, start, end
     cdef octets_t at = NULL
-    cdef str fault
     if forward:
         if e - p < 3 or not same_word(p, b"TO", 2) or p[2] != c":":
             return "syntax"
@@ -529,11 +599,8 @@ cdef str read_path(Command command, octets_t p, octets_t e, bint forward):
     start = p
     if not forward and p < e and p[0] == c">":
         end = p
-        command._address = ""
     elif forward and e - p >= 11 and p[10] == c">" and same_word(p, b"POSTMASTER", 10):
         end = p + 10
-        command._address = ascii_text(p, 10)
-        command._local = "postmaster"
     else:
         if p < e and p[0] == c"@":
             start = read_route(p, e)
@@ -544,19 +611,23 @@ cdef str read_path(Command command, octets_t p, octets_t e, bint forward):
             return "path"
         if not command.ascii and has_odd_controls(open, end):
             return "path"
-        command.source_routed = start != open + 1
-        command._address = any_text(start, end - start, command.ascii)
-        command._local = any_text(start, at - start, command.ascii)
-        command._domain = lower_text(at + 1, end - at - 1, command.ascii)
     p = end + 1
-    if p == e:
-        return None
-    if p[0] == c" ":
-        return read_params(command, p, e)
-    command._address = None
-    command._local = command._domain = ""
-    command.source_routed = False
-    return "syntax"
+    if p < e and p[0] != c" ":
+        return "syntax"
+    if at == NULL:
+        command._address = ascii_text(start, end - start)
+        if end > start:
+            command._local = "postmaster"
+    elif command.ascii:
+        command.path_start = <int>(start - argument)
+        command.path_at = <int>(at - argument)
+        command.path_end = <int>(end - argument)
+    else:
+        command._address = any_text(start, end - start, False)
+        command._local = any_text(start, at - start, False)
+        command._domain = lower_text(at + 1, end - at - 1, False)
+    command.source_routed = start != open + 1
+    return None if p == e else read_params(command, p, e)
 
 
 cdef str read_chunk_size(Command command, octets_t p, octets_t e):
@@ -602,7 +673,7 @@ cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
     """A line of ``n`` octets, free of controls, CRLF cut off."""
     cdef octets_t e = p + n
     cdef octets_t q
-    cdef str verb
+    cdef Verb verb
     cdef Command command
     if not ascii:
         try:
@@ -612,33 +683,32 @@ cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
     q = <octets_t>memchr(p, c" ", n)
     if q == NULL:
         q = e
-    verb = known_verb(p, q - p)
-    if verb is None:
+    verb = read_verb(p, q - p)
+    if verb == OTHER:
         # Of bytes: upper() of text would make a verb of what is none (U+017F becomes S).
-        verb = p[:q - p].upper().decode()[:VERB_CHARACTERS]
-    command = new_command(verb, None)
+        command = new_command(p[:q - p].upper().decode()[:VERB_CHARACTERS], None)
+    else:
+        command = new_command(<str>VERBS[<int>verb], None)
     command.ascii = ascii
     while q < e and q[0] == c" ":
         q += 1
     while q < e and (e - 1)[0] == c" ":
         e -= 1
     command.argument = any_text(q, e - q, ascii)
-    if verb == "RCPT":
-        command.fault = read_path(command, q, e, True)
-    elif verb == "MAIL":
-        command.fault = read_path(command, q, e, False)
-    elif verb == "BDAT":
+    if verb == RCPT or verb == MAIL:
+        command.fault = read_path(command, q, e, verb == RCPT)
+    elif verb == BDAT:
         command.fault = read_chunk_size(command, q, e)
-    elif verb in ("DATA", "RSET", "QUIT", "STARTTLS"):
+    elif verb == DATA or verb == RSET or verb == QUIT or verb == STARTTLS:
         if q < e:
             command.fault = "syntax"
-    elif verb in ("EHLO", "HELO", "LHLO"):
+    elif verb == EHLO or verb == HELO or verb == LHLO:
         if count_words(q, e) != 1:
             command.fault = "syntax"
-    elif verb == "AUTH":
+    elif verb == AUTH:
         if not 1 <= count_words(q, e) <= 2:
             command.fault = "syntax"
-    elif verb == "VRFY" and q == e:
+    elif verb == VRFY and q == e:
         command.fault = "syntax"
     return command
 
@@ -1070,7 +1140,7 @@ cdef class Receiver:
     def command(self):
         cdef octets_t p
         cdef Py_ssize_t n
-        cdef bint high = False
+        cdef int high = 0
         cdef str fault
         cdef Command command
         n = self.next_line(self.line_limit, &high)
@@ -1088,7 +1158,7 @@ cdef class Receiver:
     def line(self, Py_ssize_t limit):
         cdef bytes text
         cdef Py_ssize_t n
-        cdef bint high = False
+        cdef int high = 0
         if not 2 <= limit <= FLOOD:
             raise ValueError(f"limit {limit} is not within 2-{FLOOD}")
         n = self.next_line(limit, &high)
@@ -1166,7 +1236,7 @@ cdef class Receiver:
     def hops(self):
         return self.header.hops
 
-    cdef Py_ssize_t next_line(self, Py_ssize_t limit, bint* high) except -2:
+    cdef Py_ssize_t next_line(self, Py_ssize_t limit, int* high) except -2:
         """Octets of the next line's text, CRLF not among them; -1 if it is not whole yet.
         With ``line_fault`` set the line is already taken and has no text."""
         cdef octets_t p, lf
