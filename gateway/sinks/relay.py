@@ -239,11 +239,8 @@ class Connection(asyncio.Protocol):
         self.flush()
 
     def lose_content(self, error: BaseException | None) -> None:
-        job = self.job
+        job = self.drop()
         assert job is not None
-        self.job = None
-        self.pieces = None
-        self.abort()
         context: dict[str, object] = {"message": f"the content of {job.delivery.message.id} cannot be read as it was stored"}
         if error is not None:
             context["exception"] = error
@@ -315,6 +312,14 @@ class Connection(asyncio.Protocol):
             transport.close()
             self.shut_at = self.sink.now()
 
+    def drop(self) -> Job | None:
+        """Break off, whatever the upstream may think; the job is the caller's now."""
+        job, self.job = self.job, None
+        self.pieces = None
+        self.session.stop("given up")
+        self.abort()
+        return job
+
     def abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
@@ -382,10 +387,9 @@ class RelaySink:
             self._dialing.discard(job)
             self.finish(job, INTERRUPTED)
         for connection in list(self._connections):
-            carried, connection.job = connection.job, None
-            connection.pieces = None
-            if carried is not None:
-                connection.abort()
+            if connection.job is not None:
+                carried = connection.drop()
+                assert carried is not None
                 self.finish(carried, INTERRUPTED)
             else:
                 connection.session.quit()
@@ -446,15 +450,19 @@ class RelaySink:
             if terms.tls == "opportunistic" and host.clear_until > now:
                 terms = replace(terms, tls="off")
             connection = Connection(self, host, terms)
+            # Counted from now on: of many that connect at once each must see the others.
+            host.connections += 1
             try:
                 async with asyncio.timeout_at(min(until, now + CONNECT)):
                     await _open(connection)
-            except (OSError, UnicodeError) as error:
+            except BaseException as error:
+                host.connections -= 1
+                if not isinstance(error, (OSError, UnicodeError)):
+                    raise
                 self._blame(job, host, Reply.untrusted(451, f"4.4.1 cannot connect to {host.label}: {_reason(error)}"), down=True)
                 continue
             connection.setup_until = until
             connection.acted = self.now()
-            host.connections += 1
             self._connections.add(connection)
             if self._timer is None:
                 self._timer = loop.call_later(self._tick, self._sweep)
