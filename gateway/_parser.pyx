@@ -180,16 +180,11 @@ cdef inline str ascii_text(octets_t p, Py_ssize_t n):
     return <str>text
 
 
-cdef inline str lower_text(octets_t p, Py_ssize_t n, bint ascii):
-    cdef object text
-    cdef unsigned char* q
+cdef inline str lower_text(octets_t p, Py_ssize_t n):
+    """ASCII in lower case."""
+    cdef object text = PyUnicode_New(n, 127)
+    cdef unsigned char* q = <unsigned char*>PyUnicode_DATA(text)
     cdef Py_ssize_t i
-    if n == 0:
-        return ""
-    if not ascii:
-        return (<str>PyUnicode_DecodeUTF8(<const char*>p, n, NULL)).lower()
-    text = PyUnicode_New(n, 127)
-    q = <unsigned char*>PyUnicode_DATA(text)
     for i in range(n):
         q[i] = LOWER[p[i]]
     return <str>text
@@ -197,6 +192,15 @@ cdef inline str lower_text(octets_t p, Py_ssize_t n, bint ascii):
 
 cdef inline str any_text(octets_t p, Py_ssize_t n, bint ascii):
     return ascii_text(p, n) if ascii else <str>PyUnicode_DecodeUTF8(<const char*>p, n, NULL)
+
+
+cdef inline int characters(octets_t p, octets_t e) noexcept nogil:
+    """Of valid UTF-8."""
+    cdef int count = 0
+    while p < e:
+        count += (p[0] & 0xC0) != 0x80
+        p += 1
+    return count
 
 
 cdef inline bint same_word(octets_t p, const char* word, Py_ssize_t n) noexcept nogil:
@@ -396,7 +400,7 @@ def parse_address(text: str) -> tuple[str, str] | None:
     ascii = n == len(text)
     if not ascii and has_odd_controls(p, e):
         return None
-    return any_text(p, at - p, ascii), lower_text(at + 1, e - at - 1, ascii)
+    return text[:characters(p, at)], text[characters(p, at) + 1:].lower()
 
 
 # --- commands -----------------------------------------------------------------------------
@@ -472,7 +476,7 @@ cdef class Command:
     cdef readonly bint ascii
     cdef readonly bint last
     cdef readonly long long chunk_size
-    # Made when asked for: where an ASCII path, its @ and its end are in the argument (0: no such path).
+    # Made when asked for: which characters of the argument a mailbox, its @ and its end are (0: none).
     cdef int path_start
     cdef int path_at
     cdef int path_end
@@ -500,11 +504,13 @@ cdef class Command:
     def domain(self):
         cdef octets_t p
         if self._domain is None:
-            if self.path_end:
-                p = <octets_t>PyUnicode_DATA(self.argument)
-                self._domain = lower_text(p + self.path_at + 1, self.path_end - self.path_at - 1, True)
-            else:
+            if self.path_end == 0:
                 self._domain = ""
+            elif self.ascii:
+                p = <octets_t>PyUnicode_DATA(self.argument)
+                self._domain = lower_text(p + self.path_at + 1, self.path_end - self.path_at - 1)
+            else:
+                self._domain = (<str>PyUnicode_Substring(self.argument, self.path_at + 1, self.path_end)).lower()
         return self._domain
 
     @property
@@ -623,9 +629,9 @@ cdef str read_path(Command command, octets_t p, octets_t e, bint forward):
         command.path_at = <int>(at - argument)
         command.path_end = <int>(end - argument)
     else:
-        command._address = any_text(start, end - start, False)
-        command._local = any_text(start, at - start, False)
-        command._domain = lower_text(at + 1, end - at - 1, False)
+        command.path_start = characters(argument, start)
+        command.path_at = command.path_start + characters(start, at)
+        command.path_end = command.path_at + characters(at, end)
     command.source_routed = start != open + 1
     return None if p == e else read_params(command, p, e)
 
@@ -674,27 +680,27 @@ cdef Command read_command(octets_t p, Py_ssize_t n, bint ascii):
     cdef octets_t e = p + n
     cdef octets_t q
     cdef Verb verb
+    cdef str word = None
+    cdef str argument
     cdef Command command
-    if not ascii:
-        try:
-            PyUnicode_DecodeUTF8(<const char*>p, n, NULL)
-        except UnicodeDecodeError:
-            return new_command("", "utf8")
     q = <octets_t>memchr(p, c" ", n)
     if q == NULL:
         q = e
     verb = read_verb(p, q - p)
-    if verb == OTHER:
-        # Of bytes: upper() of text would make a verb of what is none (U+017F becomes S).
-        command = new_command(p[:q - p].upper().decode()[:VERB_CHARACTERS], None)
-    else:
-        command = new_command(<str>VERBS[<int>verb], None)
+    try:
+        if verb == OTHER:
+            # Of bytes: upper() of text would make a verb of what is none (U+017F becomes S).
+            word = p[:q - p].upper().decode()[:VERB_CHARACTERS]
+        while q < e and q[0] == c" ":
+            q += 1
+        while q < e and (e - 1)[0] == c" ":
+            e -= 1
+        argument = any_text(q, e - q, ascii)
+    except UnicodeDecodeError:
+        return new_command("", "utf8")
+    command = new_command(<str>VERBS[<int>verb] if word is None else word, None)
     command.ascii = ascii
-    while q < e and q[0] == c" ":
-        q += 1
-    while q < e and (e - 1)[0] == c" ":
-        e -= 1
-    command.argument = any_text(q, e - q, ascii)
+    command.argument = argument
     if verb == RCPT or verb == MAIL:
         command.fault = read_path(command, q, e, verb == RCPT)
     elif verb == BDAT:
@@ -1414,39 +1420,56 @@ cdef class ReplyReceiver:
         return None
 
 
+cdef Py_ssize_t write_stuffed(octets_t p, Py_ssize_t n, bint line_start, unsigned char* q) noexcept nogil:
+    """Counts the dots to be added; where ``q`` is not NULL it also writes what comes out."""
+    cdef uint64_t cr, lf, dot, crlf, found
+    cdef uint64_t carry = 0
+    cdef uint64_t start = line_start
+    cdef int nul, high, k
+    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t dots = 0
+    cdef Py_ssize_t m, done
+    cdef unsigned char pad[64]
+    cdef octets_t b
+    while i < n:
+        m = n - i
+        b = p + i
+        if m >= 64:
+            m = 64
+        else:
+            memset(pad, c"x", 64)
+            memcpy(pad, b, m)
+            b = pad
+        look(b, &cr, &lf, &dot, &nul, &high)
+        crlf = lf & (cr << 1 | carry)
+        found = (crlf << 1 | start) & dot
+        if q != NULL:
+            done = 0
+            while found:
+                k = first_bit(found)
+                memcpy(q, b + done, k - done)
+                q += k - done
+                q[0] = c"."
+                q += 1
+                done = k
+                found &= found - 1
+            memcpy(q, b + done, m - done)
+            q += m - done
+        else:
+            dots += count_bits(found)
+        carry = cr >> 63
+        start = crlf >> 63
+        i += m
+    return dots
+
+
 def stuff(bytes content not None, bint line_start = True):
     cdef octets_t p = <octets_t>PyBytes_AS_STRING(content)
-    cdef octets_t e = p + PyBytes_GET_SIZE(content)
-    cdef octets_t q
-    cdef Py_ssize_t dots = 0
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(content)
+    cdef Py_ssize_t dots = write_stuffed(p, n, line_start, NULL)
     cdef bytes made
-    cdef unsigned char* out
-    if p < e and p[0] == c"." and line_start:
-        dots = 1
-    q = p
-    while True:
-        q = <octets_t>memchr(q, c"\n", e - q)
-        if q == NULL or q + 1 == e:
-            break
-        if q[1] == c"." and q > p and (q - 1)[0] == c"\r":
-            dots += 1
-        q += 1
     if dots == 0:
         return content
-    made = PyBytes_FromStringAndSize(NULL, e - p + dots)
-    out = <unsigned char*>PyBytes_AS_STRING(made)
-    if p[0] == c"." and line_start:
-        out[0] = c"."
-        out += 1
-    while True:
-        q = <octets_t>memchr(p, c"\n", e - p)
-        if q == NULL or q + 1 == e:
-            memcpy(out, p, e - p)
-            break
-        memcpy(out, p, q + 1 - p)
-        out += q + 1 - p
-        if q[1] == c"." and q > <octets_t>PyBytes_AS_STRING(content) and (q - 1)[0] == c"\r":
-            out[0] = c"."
-            out += 1
-        p = q + 1
+    made = PyBytes_FromStringAndSize(NULL, n + dots)
+    write_stuffed(p, n, line_start, <unsigned char*>PyBytes_AS_STRING(made))
     return made
