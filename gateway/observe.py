@@ -411,7 +411,7 @@ def _cut(text: str, limit: int) -> str:
 def _tame(fields: Mapping[Any, Any], name: str) -> dict[str, Any]:
     """The same, in a form that JSON can say and that is of bounded length."""
     return {
-        _cut(str(key), 40): _tamed(value, LONG_TRACE if name == "bug" and key == "traceback" else LONG_VALUE, 3)
+        _cut(str(key), 40): _tamed(value, LONG_TRACE if name == "bug" and key == "traceback" else LONG_VALUE, 2)
         for key, value in fields.items()
     }
 
@@ -424,9 +424,9 @@ def _tamed(value: Any, limit: int, depth: int) -> Any:
     if isinstance(value, str):
         return _cut(value, limit)
     if depth and isinstance(value, Mapping):
-        return {_cut(str(key), 40): _tamed(inner, limit, depth - 1) for key, inner in list(value.items())[:20]}
+        return {_cut(str(key), 40): _tamed(inner, limit // 4, depth - 1) for key, inner in list(value.items())[:10]}
     if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return [_tamed(inner, limit, depth - 1) for inner in list(value)[:20]]
+        return [_tamed(inner, limit // 4, depth - 1) for inner in list(value)[:10]]
     return _cut(str(value), limit)
 
 
@@ -446,13 +446,14 @@ class _Writer:
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
         self._busy = False
-        self._ending = False
+        self._ending = threading.Event()
+        self._ended = False
         self._thread: threading.Thread | None = None
         self._told = 0
         self.dropped = 0
 
     def put(self, line: bytes) -> None:
-        if self._ending or len(self._lines) >= BACKLOG:
+        if self._ended or len(self._lines) >= BACKLOG:
             self.dropped += 1
             return
         self._lines.append(line)
@@ -473,19 +474,19 @@ class _Writer:
         return True
 
     def close(self, timeout: float) -> None:
-        if self._ending:
+        if self._ended:
             return
-        self._ending = True
+        self._ended = True
+        self._ending.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout)
             self.dropped += len(self._lines)
 
     def _run(self) -> None:
-        while not self._ending or self._lines:
+        while not self._ended or self._lines:
             self._wake.wait()
-            if not self._ending:
-                time.sleep(GATHER)
+            self._ending.wait(GATHER)
             # Cleared before lines are taken: what comes in between wakes us again.
             self._wake.clear()
             self._busy = True
