@@ -400,6 +400,7 @@ class RelaySink:
             await asyncio.wait([self._empty], timeout=2.0)
             for connection in list(self._connections):
                 connection.abort()
+            await asyncio.wait([self._empty], timeout=1.0)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

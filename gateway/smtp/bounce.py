@@ -221,14 +221,12 @@ def _original(kind: Kind, message: Message, excerpt: bytes, international: bool)
     header = message.trace + excerpt[: min(message.stored.header_size, HEADER_LIMIT)]
     if message.stored.header_size > HEADER_LIMIT:
         header = header[: header.rfind(b"\r\n") + 2]
-    form = b"text/rfc822-headers"
-    if not header.isascii() and _is_utf8(header):
-        form = b"message/global-headers"
-        if international and _is_text(header):
-            return b"Content-Type: %b\r\nContent-Transfer-Encoding: 8bit\r\n\r\n%b" % (form, header)
     if header.isascii() and _is_text(header):
-        return b"Content-Type: %b\r\n\r\n%b" % (form, header)
-    return b"Content-Type: %b\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n%b" % (form, _quoted(header))
+        return b"Content-Type: text/rfc822-headers\r\n\r\n" + header
+    if international and _is_text(header) and _is_utf8(header):
+        return b"Content-Type: message/global-headers\r\nContent-Transfer-Encoding: 8bit\r\n\r\n" + header
+    # Every reader undoes the encoding of a text; of a message/global-headers hardly any.
+    return b"Content-Type: text/rfc822-headers\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n" + _quoted(header)
 
 
 def _status(kind: Kind, reply: Reply) -> str:
