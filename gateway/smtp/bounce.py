@@ -186,7 +186,8 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
             fields.append(f"Remote-MTA: dns; {host}")
         if host or kind == "failed":
             text = _line(str(reply)) if international else _ascii(str(reply))
-            fields.append("\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {text}", 900)))
+            # 240 characters are at most 960 octets.
+                fields.append("\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {text}", 240)))
         if kind in ("failed", "delayed"):
             fields.append(f"Last-Attempt-Date: {date_header(now)}")
         if kind == "delayed" and message.expires_at:
