@@ -617,7 +617,7 @@ class PythonConfig(AnySink):
     ``function`` acknowledges by returning: None is 250, a Reply is the reply."""
 
     type: Literal["python"] = "python"
-    function: Callable[[Message], Awaitable[Reply | None]]
+    function: Callable[[Message], Reply | Awaitable[Reply | None] | None]
 
 
 class PluginSinkConfig(AnySink):
