@@ -187,7 +187,7 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
         if host or kind == "failed":
             text = _line(str(reply)) if international else _ascii(str(reply))
             # 240 characters are at most 960 octets.
-                fields.append("\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {text}", 240)))
+            fields.append("\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {text}", 240)))
         if kind in ("failed", "delayed"):
             fields.append(f"Last-Attempt-Date: {date_header(now)}")
         if kind == "delayed" and message.expires_at:
