@@ -124,19 +124,21 @@ class Admission:
     """Who is in, over all listeners of the process: so many in all, so many of one client
     (an IPv4 address, an IPv6 /64; loopback is not counted by client)."""
 
-    __slots__ = ("_clients", "_descriptors", "count", "limits")
+    __slots__ = ("_clients", "_descriptors", "_workers", "count", "limits")
 
-    def __init__(self, limits: Limits, descriptors: int | None = None) -> None:
+    def __init__(self, limits: Limits, descriptors: int | None = None, workers: int = 1) -> None:
         """``limits`` may be replaced at any time. ``descriptors``: connections that the process
-        has descriptors for, if it is known."""
+        has descriptors for, if it is known. ``workers``: processes that share ``connections``;
+        those of one client are counted in each of them alone, because nobody deals them out evenly."""
         self.limits = limits
         self.count = 0
         self._descriptors = descriptors
+        self._workers = workers
         self._clients: dict[str, int] = {}
 
     @property
     def room(self) -> int:
-        most = self.limits.connections
+        most = -(-self.limits.connections // self._workers)
         return most if self._descriptors is None else min(most, self._descriptors)
 
     def enter(self, ip: str) -> Reply | None:

@@ -1,0 +1,653 @@
+"""The whole: a Gateway made from a Config, its life from the first bind to the last row.
+
+Owns the order of things. Start: bind, spool, sinks, queue, intake, listeners, control
+socket, health and metrics. Drain: no new connection; mail before the end of its data gets
+421, mail after it its answer; deliveries that are out are waited for; what is still owed
+stays in the spool. The watch: room on the disk, health of the spool.
+
+It decides nothing about mail: that is the parts' business, which meet in contracts and are
+put together here.
+
+Exit codes of ``serve``: 0 ended as asked; ``RECOVER`` when the spool can no longer tell what
+it holds: whoever started us starts us again, and recovery finds the truth (DESIGN §4).
+A Config that cannot be put to work (a port that is taken, a spool that is locked) raises
+ConfigError like any other fault of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from . import __version__
+from .admin.control import NAME as CONTROL
+from .admin.control import Control
+from .checks import make_check
+from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig, split_address
+from .contracts import Check, Sink, SpoolError
+from .intake import MailIntake, new_id
+from .listener import Admission, Listener, SessionIds, bind, spoken
+from .message import Message
+from .observe import Telemetry
+from .queue import LaneSettings, Queue
+from .reply import Reply
+from .sinks import make_sink
+from .smtp.server import Rules
+from .spool.sqlite import SqliteSpool
+
+if TYPE_CHECKING:
+    from .admin.http import Site
+
+#: Exit code: the spool must be recovered by a new process (sysexits.h: EX_TEMPFAIL).
+RECOVER = 75
+#: Seconds between looks at the spool's health.
+WATCH = 0.25
+#: Seconds for answers that are still owed when the spool can no longer be trusted.
+LAST_ANSWERS = 1.0
+#: Descriptors that are not for clients: spool, sinks, log, admin.
+RESERVED_DESCRIPTORS = 256
+
+#: Said to MAIL, and (a 421) to new connections, while nothing can be kept (reference A1).
+NO_ROOM = Reply(452, "4.3.1", "insufficient storage, try again later")
+UNHEALTHY = Reply(421, "4.3.2", "not able to take mail now, try again later")
+
+Function = Callable[[Message], Awaitable[Reply | None] | Reply | None]
+F = TypeVar("F", bound=Function)
+Log = Literal["json", "text", "none"]
+
+
+@dataclass(slots=True)
+class Place:
+    """What one of several worker processes is given: its number, how many there are, and the
+    listening sockets that the supervisor bound for all, one per ``[[listeners]]`` entry."""
+
+    number: int
+    workers: int
+    sockets: list[socket.socket]
+
+
+def bind_all(config: Config) -> list[socket.socket]:
+    """One listening socket per ``[[listeners]]`` entry. Raises ConfigError with every fault."""
+    sockets: list[socket.socket] = []
+    faults: list[str] = []
+    for number, listener in enumerate(config.listeners):
+        try:
+            sockets.append(bind(*split_address(listener.address)))
+        except OSError as error:
+            faults.append(f"listeners[{number}].address: cannot listen on {listener.address}: {error.strerror or error}")
+    if faults:
+        for sock in sockets:
+            sock.close()
+        raise ConfigError(faults)
+    return sockets
+
+
+def bind_admin(config: Config) -> socket.socket | None:
+    """The socket of ``[admin]``, None without one. Raises ConfigError."""
+    if config.admin is None:
+        return None
+    try:
+        return bind(*split_address(config.admin.address))
+    except OSError as error:
+        raise ConfigError([f"admin.address: cannot listen on {config.admin.address}: {error.strerror or error}"]) from None
+
+
+def control_path(config: Config, worker: int) -> Path:
+    """Where this worker's control socket is."""
+    return config.spool.path / str(worker) / CONTROL
+
+
+class Gateway:
+    """A gateway inside your program::
+
+        app = Gateway(listen="127.0.0.1:2525")
+
+        @app.recipients("*@app.example")
+        async def inbound(message: Message) -> Reply | None: ...
+
+        app.run()                 # or: async with app: …
+
+    or one made from a whole Config, to which functions may be added as well. ``run`` brings its
+    own event loop and ends with SIGTERM or SIGINT; ``async with`` runs in yours (uvloop or
+    asyncio) and ends with the block.
+
+    ``listen``: one address or several, ``host:port``; port 0 is a free one, told by ``port``.
+    ``spool``: a folder for mail that was promised and is not yet carried. Without it there is
+    a private temporary one: a function acknowledges by returning, so that only mail to several
+    functions, of which one took it and another did not, is ever kept there. Where such mail is
+    left at the end the folder stays, and the ``stopped`` event names it: give it as ``spool`` to
+    go on. ``log``: event lines on standard error.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        listen: str | Sequence[str] = (),
+        hostname: str | None = None,
+        spool: str | Path | None = None,
+        log: Log = "none",
+        telemetry: Telemetry | None = None,
+        place: Place | None = None,
+    ) -> None:
+        if (config is None) == (not listen):
+            raise ValueError("give a config, or an address to listen on")
+        if config is not None and (hostname is not None or spool is not None):
+            raise ValueError("hostname and spool stand in the config")
+        self.telemetry = telemetry or Telemetry(log)
+        #: Told with ``ready``.
+        self.config_path: str | None = None
+        self._given = config
+        self._listen = (listen,) if isinstance(listen, str) else tuple(listen)
+        self._hostname = hostname
+        self._spool_folder = spool
+        self._temporary: Path | None = None
+        self._functions: list[tuple[RouteConfig, str, PythonConfig]] = []
+        self._place = place
+        self._state: Literal["new", "starting", "ready", "draining", "stopped"] = "new"
+        self._started_at = 0.0
+        self._sockets: list[socket.socket] = []
+        self._listeners: list[Listener] = []
+        self._sinks: dict[str, Sink] = {}
+        self._checks: dict[str, Check] = {}
+        self._spool: SqliteSpool | None = None
+        self._queue: Queue | None = None
+        self._intake: MailIntake | None = None
+        self._admission: Admission | None = None
+        self._control: Control | None = None
+        self._site: Site | None = None
+        self._watcher: asyncio.TimerHandle | None = None
+        self._counts: Mapping[tuple[str, str], tuple[int, float]] = {}
+        self._broken: str | None = None
+        #: Set: end (``run``), and: end at once.
+        self._asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    # ------------------------------------------------------------ in a program
+
+    def recipients(self, *patterns: str, timeout: float = 30.0, concurrency: int = 64, name: str = "") -> Callable[[F], F]:
+        """Mail for these recipients (``name@domain``, ``*@domain``, ``*``) is this function's; the
+        first that matches wins, in the order of the program. The client gets 250 when the function
+        returns None, or the Reply it returns; 451 when it raises or takes more than ``timeout``
+        seconds. ``concurrency``: calls at a time. An async function runs on the loop, a plain one
+        in a thread. ``name``: in events and metrics; the function's own unless given."""
+        if not patterns:
+            raise ValueError("say which recipients")
+
+        def register(function: F) -> F:
+            base = name or getattr(function, "__name__", "function")
+            known = {sink for _, sink, _ in self._functions}
+            sink, number = base, 1
+            while sink in known:
+                number += 1
+                sink = f"{base}-{number}"
+            route = RouteConfig(
+                recipients=list(patterns), sink=sink, acknowledge="delivered", acknowledge_timeout=timeout, fallback="refuse"
+            )
+            call = cast(Callable[[Message], Awaitable[Reply | None]], function)
+            self._functions.append((route, sink, PythonConfig(function=call, timeout=timeout, concurrency=concurrency)))
+            return function
+
+        return register
+
+    def run(self) -> int:
+        """Start, stay until SIGTERM or SIGINT, drain. Returns the exit code (see the module).
+        Raises ConfigError."""
+        import uvloop
+
+        return int(uvloop.run(self.main()))
+
+    async def __aenter__(self) -> Gateway:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    @property
+    def addresses(self) -> list[str]:
+        """The real addresses of the listeners, in order."""
+        if not self._listeners:
+            raise RuntimeError("the gateway is not started")
+        return [listener.name for listener in self._listeners]
+
+    @property
+    def port(self) -> int:
+        """The first listener's real port."""
+        return int(self.addresses[0].rpartition(":")[2])
+
+    def _composed(self, given: Config | None) -> Config:
+        """The Config to go by: what was given, and the functions of the program before it."""
+        if not self._functions:
+            if given is None:
+                raise ConfigError(['routes: no function takes mail; write @app.recipients("*@your.domain") above one'])
+            return given
+        routes = [route for route, _, _ in self._functions]
+        sinks: dict[str, SinkConfig] = {sink: config for _, sink, config in self._functions}
+        if given is not None:
+            parts = {name: getattr(given, name) for name in Config.model_fields}
+            return Config(**parts | {"sinks": given.sinks | sinks, "routes": [*routes, *given.routes]})
+        if self._spool_folder is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="gateway-"))
+        head: dict[str, Any] = {} if self._hostname is None else {"hostname": self._hostname}
+        return Config(
+            listeners=[ListenerConfig(address=address) for address in self._listen],
+            sinks=sinks,
+            routes=routes,
+            spool=SpoolConfig(path=Path(self._temporary or self._spool_folder or "")),
+            **head,
+        )
+
+    # ------------------------------------------------------------------- start
+
+    async def start(self) -> None:
+        """Returns when mail is taken. Raises ConfigError; then nothing is left running."""
+        if self._state != "new":
+            raise RuntimeError("a Gateway starts once")
+        self._state = "starting"
+        self._started_at = time.time()
+        try:
+            self.config = self._composed(self._given)
+            await self._start(self.config)
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _start(self, config: Config) -> None:
+        telemetry, place = self.telemetry, self._place
+        admin = bind_admin(config) if place is None else None
+        if admin is not None:
+            self._sockets.append(admin)
+        sockets = bind_all(config) if place is None else place.sockets
+        self._sockets += sockets
+        reserve = config.spool.minimum_free
+        shard = config.spool.path / str(0 if place is None else place.number)
+        self._spool = SqliteSpool(shard, observer=telemetry, minimum_free=reserve.share or reserve.octets, on_fatal=self._fatal)
+        try:
+            await self._spool.open()
+        except (SpoolError, OSError) as error:
+            self._spool = None
+            raise ConfigError([f"spool.path: {error}"]) from error
+        try:
+            for name, sink in config.sinks.items():
+                self._sinks[name] = make_sink(name, sink, config.hostname)
+                await self._sinks[name].open()
+            for name, check in config.checks.items():
+                self._checks[name] = make_check(name, check)
+        except (LookupError, ValueError, OSError) as error:
+            raise ConfigError([f"sinks and checks: {error}"]) from error
+        self._queue = Queue(
+            self._spool,
+            self._sinks,
+            {name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays) for name, sink in config.sinks.items()},
+            retry=config.retry.delays,
+            expire=config.retry.expire,
+            hold=config.spool.hold,
+            bounces=None if config.bounces is None else config.bounces.sink,
+            hostname=config.hostname,
+            observer=telemetry,
+            new_id=new_id,
+        )
+        await self._queue.open()
+        self._intake = MailIntake(
+            self._queue,
+            self._spool,
+            self._checks,
+            hostname=config.hostname,
+            expire=config.retry.expire,
+            observer=telemetry,
+            memory=config.limits.memory,
+        )
+        self._admission = Admission(config.limits, descriptors=_descriptors(), workers=1 if place is None else place.workers)
+        session_ids = SessionIds()
+        for sock, rules in zip(sockets, self._rules(config), strict=True):
+            self._listeners.append(
+                Listener(
+                    sock,
+                    rules,
+                    self._intake,
+                    observer=telemetry,
+                    admission=self._admission,
+                    session_ids=session_ids,
+                    shared=place is not None,
+                )
+            )
+        self._watch()
+        for listener in self._listeners:
+            listener.start()
+            if place is None:
+                telemetry.event("listening", address=listener.name, protocol=listener.rules.protocol)
+        telemetry.gauge("gateway_connections", lambda: self._admission.count if self._admission else 0)
+        telemetry.gauge("gateway_sink_up", self._sinks_up)
+        telemetry.gauge("gateway_queue_messages", lambda: {key: rows for key, (rows, _) in self._counts.items()})
+        telemetry.gauge("gateway_queue_oldest_seconds", self._oldest)
+        telemetry.gauge("gateway_deliveries_out", self._out, ("sink",), "Deliveries that were started and have no result yet")
+        self._control = Control(shard / CONTROL, self._operations())
+        await self._control.open()
+        if admin is not None:
+            # The import takes longer than all the rest, and clients are being served already.
+            site = await asyncio.to_thread(_site)
+            self._site = site(admin, self)
+            await self._site.open()
+            telemetry.event("listening", address=spoken(admin.getsockname()), protocol="http")
+        self._state = "ready"
+        if place is None:
+            telemetry.event("ready", **({"config": self.config_path} if self.config_path else {}))
+
+    def _rules(self, config: Config) -> list[Rules]:
+        """What each listener's sessions go by."""
+        table = config.table()
+        binary = all(self._sinks[name].carries_binary for name in table.sinks())
+        return [
+            Rules(
+                hostname=config.hostname,
+                routes=table,
+                protocol=listener.protocol,
+                message_size=config.limits.message_size,
+                recipients=config.limits.recipients,
+                hops=config.limits.hops,
+                long_lines=listener.long_lines,
+                bare_newlines=listener.bare_newlines,
+                tls=listener.tls,
+                auth=listener.auth,
+                binarymime=binary,
+                client_checks=config.checks_at("client"),
+                sender_checks=config.checks_at("sender"),
+                recipient_checks=frozenset(config.checks_at("recipient")),
+            )
+            for listener in config.listeners
+        ]
+
+    # --------------------------------------------------------------- the watch
+
+    def _watch(self) -> None:
+        """While the spool cannot keep mail, none is taken. Asking costs nothing."""
+        assert self._spool is not None
+        self._watcher = asyncio.get_running_loop().call_later(WATCH, self._watch)
+        reason = self._spool.unhealthy
+        for listener in self._listeners:
+            listener.rules.shortage = None if reason is None else NO_ROOM if reason == self._spool.shortage else UNHEALTHY
+
+    def _fatal(self, reason: str) -> None:
+        """Nobody knows what the spool holds: a new process must find out."""
+        self._broken = reason
+        self._asked.set()
+
+    # ------------------------------------------------------------------ reload
+
+    def reload(self, given: Config) -> None:
+        """Go by this Config, for connections from now on. Raises ConfigError, and changes
+        nothing, where it differs in what only a restart can change."""
+        config, old = self._composed(given), self.config
+        differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
+        fixed = sorted(differing - {"routes", "limits", "listeners", "drain"})
+        if [listener.address for listener in old.listeners] != [listener.address for listener in config.listeners]:
+            fixed.append("listeners")
+        if old.limits.memory != config.limits.memory:
+            fixed.append("limits.memory")
+        if fixed:
+            raise ConfigError([f"{name}: only a restart can change this" for name in fixed])
+        rules = self._rules(config)
+        self.config = config
+        if self._admission is not None:
+            self._admission.limits = config.limits
+        for listener, new in zip(self._listeners, rules, strict=True):
+            listener.rules = replace(new, shortage=listener.rules.shortage)
+        self.telemetry.event("reloaded")
+
+    def _reload(self) -> None:
+        """SIGHUP: the file again. A worker waits for its supervisor's word instead."""
+        if self._place is not None:
+            return
+        try:
+            self.reload((self._given or self.config).reload())
+        except ConfigError as error:
+            self.telemetry.event("reload_refused", faults=error.faults)
+
+    # --------------------------------------------------------------------- end
+
+    async def stop(self) -> None:
+        """Take no more; wait, at most ``drain.timeout`` seconds, for what is under way; close."""
+        if self._state == "ready":
+            self._state = "draining"
+            self.telemetry.event("draining")
+            await self._drain()
+        await self._close()
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (LAST_ANSWERS if self._broken is not None else self.config.drain.timeout)
+        for listener in self._listeners:
+            listener.drain()
+        await self._unless_hurried(asyncio.gather(*(listener.gone() for listener in self._listeners)), deadline)
+        for listener in self._listeners:
+            listener.close()
+        if self._queue is not None:
+            await self._unless_hurried(self._queue.close(max(deadline - loop.time(), 0.0)), deadline + 1.0)
+
+    async def _unless_hurried(self, work: Awaitable[Any], deadline: float) -> None:
+        """Wait for this until the deadline (loop time), or until somebody wants the end at once."""
+        wanted = asyncio.ensure_future(work)
+        hurried = asyncio.ensure_future(self._hurry.wait())
+        loop = asyncio.get_running_loop()
+        await asyncio.wait({wanted, hurried}, timeout=max(deadline - loop.time(), 0.0), return_when=asyncio.FIRST_COMPLETED)
+        for task in (wanted, hurried):
+            task.cancel()
+        await asyncio.gather(wanted, hurried, return_exceptions=True)
+
+    async def _close(self) -> None:
+        """Everything down, in order, however far the start came."""
+        if self._state == "stopped":
+            return
+        started = self._state == "draining"
+        self._state = "stopped"
+        for sock in self._sockets:
+            sock.close()
+        for listener in self._listeners:
+            listener.close()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        left = 0
+        # What is still out at a sink is deferred, and the spool is told: in this order.
+        if self._queue is not None:
+            await self._safely(self._queue.close())
+        for sink in self._sinks.values():
+            await self._safely(sink.close())
+        if self._intake is not None:
+            await self._safely(self._intake.close())
+        for check in self._checks.values():
+            await self._safely(check.close())
+        for part in (self._control, self._site):
+            if part is not None:
+                await self._safely(part.close())
+        if self._spool is not None:
+            with suppress(SpoolError):
+                left = sum(rows for rows, _ in (await self._spool.counts()).values())
+            await self._safely(self._spool.close())
+        kept = self._put_away(left)
+        if started:
+            self.telemetry.event("stopped", queued=left, **({"spool": str(kept)} if kept else {}), **self._reason())
+        self.telemetry.flush()
+
+    def _reason(self) -> dict[str, str]:
+        return {} if self._broken is None else {"reason": f"the spool must be recovered: {self._broken}"}
+
+    def _put_away(self, left: int) -> Path | None:
+        """Remove the temporary spool, unless it holds mail; then it is told."""
+        if self._temporary is None:
+            return None
+        if left or self._broken is not None:
+            logging.getLogger("gateway").warning("%d messages were not carried; they are kept in %s", left, self._temporary)
+            return self._temporary
+        import shutil
+
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        return None
+
+    async def _safely(self, work: Coroutine[Any, Any, None]) -> None:
+        """A part that cannot close must not keep the others open."""
+        try:
+            await work
+        except Exception as error:
+            self._bug(f"closing: {error!r}", error)
+
+    def _bug(self, message: str, error: BaseException | None) -> None:
+        trace = "" if error is None else "".join(traceback.format_exception(error))
+        self.telemetry.event("bug", message=message, traceback=trace)
+
+    # ---------------------------------------------------------- a whole process
+
+    async def main(self, ready: Callable[[], None] = lambda: None) -> int:
+        """The life of a process that does nothing else, on its own loop; ``ready`` is called once
+        mail is taken. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._unexpected)
+        loop.add_signal_handler(signal.SIGTERM, self.ask_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if self._place is None:
+            loop.add_signal_handler(signal.SIGINT, self.ask_to_stop)
+        await self.start()
+        ready()
+        # What is there now stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        await self._asked.wait()
+        await self.stop()
+        return 0 if self._broken is None else RECOVER
+
+    def ask_to_stop(self) -> None:
+        """Drain and end; asked again: end at once."""
+        if self._asked.is_set():
+            self._hurry.set()
+        self._asked.set()
+
+    def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        message = str(context.get("message", "unexpected"))
+        self._bug(message if error is None else f"{message}: {error!r}", error)
+
+    # ------------------------------------------------------------ what it tells
+
+    async def metrics(self) -> bytes:
+        """The text form of Prometheus."""
+        await self._count()
+        return self.telemetry.exposition()
+
+    async def unready(self) -> str | None:
+        """Why no new mail should be sent here; None if it is welcome."""
+        if self._state != "ready":
+            return self._state
+        assert self._spool is not None
+        return self._spool.unhealthy
+
+    async def status(self) -> dict[str, Any]:
+        await self._count()
+        queued: dict[str, dict[str, int]] = {}
+        for (sink, state), (rows, _) in self._counts.items():
+            queued.setdefault(sink, {})[state] = rows
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "state": self._state,
+            "unready": await self.unready(),
+            "uptime": round(time.time() - self._started_at, 3),
+            "listeners": self.addresses,
+            "connections": self._admission.count if self._admission else 0,
+            "sinks": self._queue.health() if self._queue else {},
+            "queue": queued,
+        }
+
+    async def _count(self) -> None:
+        assert self._spool is not None
+        with suppress(SpoolError):
+            self._counts = await self._spool.counts()
+
+    def _sinks_up(self) -> dict[tuple[str, ...], float]:
+        return {(name,): float(health == "up") for name, health in self._queue.health().items()} if self._queue else {}
+
+    def _out(self) -> dict[tuple[str, ...], float]:
+        return {(name,): float(out) for name, out in self._queue.out().items()} if self._queue else {}
+
+    def _oldest(self) -> dict[tuple[str, ...], float]:
+        now = time.time()
+        ages: dict[tuple[str, ...], float] = {(name,): 0.0 for name in self._sinks}
+        for (sink, state), (_, since) in self._counts.items():
+            if state == "queued":
+                ages[(sink,)] = max(now - since, 0.0)
+        return ages
+
+    def _operations(self) -> dict[str, Callable[..., Awaitable[Any]]]:
+        """What the control socket is asked (see ``admin/control.py``)."""
+        spool, queue, telemetry = self._spool, self._queue, self.telemetry
+        assert spool is not None
+        assert queue is not None
+
+        async def change(**what: Any) -> int:
+            changed = await spool.change(**what)
+            if changed:
+                queue.kick(what.get("sink"))
+            return changed
+
+        async def export(message_id: str) -> str:
+            return base64.b64encode(await spool.export(message_id)).decode()
+
+        async def counts() -> list[tuple[str, str, int, float]]:
+            return [(sink, state, rows, oldest) for (sink, state), (rows, oldest) in (await spool.counts()).items()]
+
+        async def metrics() -> dict[str, Any]:
+            await self._count()
+            return telemetry.state()
+
+        return {"rows": spool.rows, "change": change, "export": export, "counts": counts, "metrics": metrics, "status": self.status}
+
+
+def serve(config: Config, *, log: Log = "json", config_path: str | None = None) -> int:
+    """``gateway serve``: blocks until the gateway ends; returns the exit code (see the module).
+    Raises ConfigError. ``config_path``: told in the event log; SIGHUP reads what ``config`` was read from."""
+    _claim_descriptors(config.limits.connections + 2 * RESERVED_DESCRIPTORS)
+    if config.worker_count > 1:
+        from . import supervisor
+
+        return supervisor.serve(config, log=log, config_path=config_path)
+    telemetry = Telemetry(log)
+    gateway = Gateway(config, telemetry=telemetry)
+    gateway.config_path = config_path
+    try:
+        return gateway.run()
+    finally:
+        telemetry.close()
+
+
+def _site() -> type[Site]:
+    from .admin.http import Site
+
+    return Site
+
+
+def _claim_descriptors(wanted: int) -> None:
+    """As many descriptors as connections may need, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _descriptors() -> int | None:
+    """Descriptors that are left for clients; None: no end of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else max(soft - RESERVED_DESCRIPTORS, soft // 2)

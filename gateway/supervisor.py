@@ -1,0 +1,351 @@
+"""Several worker processes behind one set of listening sockets.
+
+Owns the sockets, the processes and what is true about all of them together: it binds once,
+hands the sockets on, starts one worker per core or as many as it is told, starts those again
+that die, passes SIGTERM on, and adds their numbers up for ``/metrics``. It sees no mail: each
+worker has its own loop, spool shard and sinks, and shares nothing with the others
+(DESIGN §8).
+
+A worker is this module run by the same Python with one end of a socket pair. Over it the
+supervisor sends the Config (never by the command line, where secrets could be seen), and the
+worker says when it is ready or why it cannot be. A worker whose supervisor is gone drains and
+ends: there are no orphans.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
+
+from . import __version__
+from .admin.control import ControlError, call
+from .app import Gateway, Log, Place, bind_admin, bind_all, control_path
+from .config import Config, ConfigError
+from .listener import spoken
+from .observe import Telemetry, expose
+
+if TYPE_CHECKING:
+    from .admin.http import Site
+
+#: Seconds until a worker that died is started again: at first, and at most.
+AGAIN_FIRST, AGAIN_LAST = 0.1, 30.0
+#: A worker that lived this long (seconds) begins anew with AGAIN_FIRST.
+HEALTHY = 60.0
+#: Seconds beyond ``drain.timeout`` until a worker that does not end is killed.
+GRACE = 5.0
+#: Seconds for a worker's numbers.
+ASKING = 2.0
+
+_LENGTH = struct.Struct("!I")
+
+
+class Worker:
+    """One worker process, as the supervisor knows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.process: asyncio.subprocess.Process | None = None
+        self.writer: asyncio.StreamWriter | None = None
+        self.ready = False
+        self.since = 0.0
+        self.delay = AGAIN_FIRST
+
+    def tell(self, word: str, what: Any = None) -> None:
+        if self.writer is not None and not self.writer.is_closing():
+            self.writer.write(_packed(word, what))
+
+
+class Supervisor:
+    """See the module. ``serve`` runs one."""
+
+    def __init__(self, config: Config, telemetry: Telemetry, log: Log, config_path: str | None = None) -> None:
+        self.config = config
+        self.telemetry = telemetry
+        self._log = log
+        self._config_path = config_path
+        self._sockets: list[socket.socket] = []
+        self._workers = [Worker(number) for number in range(config.worker_count)]
+        self._keepers: list[asyncio.Task[None]] = []
+        self._site: Site | None = None
+        self._started_at = time.time()
+        self._asked = asyncio.Event()
+        self._ending = False
+        self._up = False
+
+    async def run(self) -> int:
+        """Returns the exit code. Raises ConfigError where a worker cannot start at all."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ask_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        admin = bind_admin(self.config)
+        try:
+            self._sockets = bind_all(self.config)
+            first: list[asyncio.Future[list[str]]] = [loop.create_future() for _ in self._workers]
+            self._keepers = [loop.create_task(self._keep(worker, started)) for worker, started in zip(self._workers, first, strict=True)]
+            for sock, listener in zip(self._sockets, self.config.listeners, strict=True):
+                self.telemetry.event("listening", address=spoken(sock.getsockname()), protocol=listener.protocol)
+            if faults := list(dict.fromkeys(fault for faults in await asyncio.gather(*first) for fault in faults)):
+                raise ConfigError(faults)
+            if admin is not None:
+                await self._open_admin(admin)
+            self._up = True
+            self.telemetry.event("ready", workers=len(self._workers), **({"config": self._config_path} if self._config_path else {}))
+            await self._asked.wait()
+        finally:
+            code = await self._stop()
+            if admin is not None:
+                admin.close()
+        return code
+
+    async def _open_admin(self, sock: socket.socket) -> None:
+        from .admin.http import Site
+
+        self._site = Site(sock, self)
+        await self._site.open()
+        self.telemetry.event("listening", address=spoken(sock.getsockname()), protocol="http")
+
+    # ------------------------------------------------------------- the workers
+
+    async def _keep(self, worker: Worker, started: asyncio.Future[list[str]]) -> None:
+        """Start this worker, and start it again whenever it dies. ``started`` gets its faults at
+        the first start, an empty list once it is ready."""
+        while not self._ending:
+            process, reader = await self._spawn(worker)
+            listening = asyncio.create_task(self._listen(worker, reader, started))
+            code = await process.wait()
+            await listening
+            worker.ready = False
+            if worker.writer is not None:
+                worker.writer.close()
+            if not started.done():
+                started.set_result([f"workers: worker {worker.number} ended with code {code} before it was ready"])
+            if self._ending or started.result():
+                return
+            if time.monotonic() - worker.since > HEALTHY:
+                worker.delay = AGAIN_FIRST
+            self.telemetry.event("worker_ended", number=worker.number, pid=process.pid, code=code, again_in=worker.delay)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), worker.delay)
+            worker.delay = min(worker.delay * 2, AGAIN_LAST)
+
+    async def _spawn(self, worker: Worker) -> tuple[asyncio.subprocess.Process, asyncio.StreamReader]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, worker.writer = await asyncio.open_connection(sock=ours)
+            worker.since = time.monotonic()
+            worker.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "gateway.supervisor",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *(sock.fileno() for sock in self._sockets)],
+            )
+        fds = [sock.fileno() for sock in self._sockets]
+        worker.tell("begin", (_bare(self.config), worker.number, len(self._workers), fds, self._log))
+        return worker.process, reader
+
+    async def _listen(self, worker: Worker, reader: asyncio.StreamReader, started: asyncio.Future[list[str]]) -> None:
+        while (told := await _received(reader)) is not None:
+            word, what = told
+            if word == "ready":
+                worker.ready = True
+                self.telemetry.event("worker_ready", number=worker.number, pid=worker.process.pid if worker.process else 0)
+                if not started.done():
+                    started.set_result([])
+            elif word == "faults":
+                if not started.done():
+                    started.set_result(what)
+                else:
+                    self.telemetry.event("worker_refused", number=worker.number, faults=what)
+
+    # --------------------------------------------------------------- the signals
+
+    def _ask_to_stop(self) -> None:
+        if self._asked.is_set():
+            # Once more: at once.
+            self._signal(signal.SIGTERM)
+        self._asked.set()
+
+    def _signal(self, number: int) -> None:
+        for worker in self._workers:
+            if worker.process is not None and worker.process.returncode is None:
+                with suppress(ProcessLookupError):
+                    worker.process.send_signal(number)
+
+    def _reload(self) -> None:
+        """SIGHUP: the file is read once, here, so that all workers get the same."""
+        try:
+            config = self.config.reload()
+        except ConfigError as error:
+            self.telemetry.event("reload_refused", faults=error.faults)
+            return
+        if config.worker_count != len(self._workers) or config.admin != self.config.admin:
+            self.telemetry.event("reload_refused", faults=["workers, admin: only a restart can change this"])
+            return
+        self.config = config
+        for worker in self._workers:
+            worker.tell("reload", _bare(config))
+
+    async def _stop(self) -> int:
+        """No new connection; every worker drains; the exit code of the whole."""
+        self._ending = True
+        if self._up:
+            self.telemetry.event("draining")
+        for sock in self._sockets:
+            sock.close()
+        self._asked.set()
+        self._signal(signal.SIGTERM)
+        if self._keepers:
+            _, late = await asyncio.wait(self._keepers, timeout=self.config.drain.timeout + GRACE)
+            if late:
+                self._signal(signal.SIGKILL)
+                await asyncio.wait(late)
+        if self._site is not None:
+            await self._site.close()
+        if self._up:
+            self.telemetry.event("stopped")
+        codes = [worker.process.returncode for worker in self._workers if worker.process is not None]
+        return next((code if code and code > 0 else 1 for code in codes if code), 0)
+
+    # ------------------------------------------- admin.http.Source, for all together
+
+    async def _ask_all(self, op: str) -> list[Any]:
+        """What each worker that lives answers."""
+
+        async def ask(worker: Worker) -> Any:
+            try:
+                return await asyncio.to_thread(call, control_path(self.config, worker.number), op, timeout=ASKING)
+            except (OSError, ControlError):
+                return None
+
+        return [answer for answer in await asyncio.gather(*(ask(worker) for worker in self._workers)) if answer is not None]
+
+    async def metrics(self) -> bytes:
+        return expose([self.telemetry.state(), *await self._ask_all("metrics")])
+
+    async def unready(self) -> str | None:
+        if self._ending:
+            return "draining"
+        for worker in self._workers:
+            if not worker.ready:
+                return f"worker {worker.number} is not up"
+        for status in await self._ask_all("status"):
+            if status["unready"] is not None:
+                return str(status["unready"])
+        return None
+
+    async def status(self) -> Mapping[str, Any]:
+        return {
+            "version": __version__,
+            "uptime": round(time.time() - self._started_at, 3),
+            "workers": await self._ask_all("status"),
+        }
+
+
+def serve(config: Config, *, log: Log = "json", config_path: str | None = None) -> int:
+    """``gateway serve`` with ``workers`` over 1: blocks until all is over; returns the exit code.
+    Raises ConfigError."""
+    import uvloop
+
+    telemetry = Telemetry(log)
+
+    async def run() -> int:
+        return await Supervisor(config, telemetry, log, config_path).run()
+
+    try:
+        return int(uvloop.run(run()))
+    finally:
+        telemetry.close()
+
+
+# -------------------------------------------------------------------- the worker's side
+
+
+async def _work(channel: socket.socket) -> int:
+    reader, writer = await asyncio.open_connection(sock=channel)
+    told = await _received(reader)
+    if told is None:
+        return 1
+    config, number, workers, fds, log = cast("tuple[Config, int, int, list[int], Log]", told[1])
+    telemetry = Telemetry(log, worker=number)
+    gateway = Gateway(config, telemetry=telemetry, place=Place(number, workers, [_taken(fd) for fd in fds]))
+
+    def ready() -> None:
+        writer.write(_packed("ready", None))
+
+    async def listen() -> None:
+        while (told := await _received(reader)) is not None:
+            if told[0] == "reload":
+                try:
+                    gateway.reload(told[1])
+                except ConfigError as error:
+                    telemetry.event("reload_refused", faults=error.faults)
+        gateway.ask_to_stop()
+
+    listening = asyncio.ensure_future(listen())
+    try:
+        return await gateway.main(ready)
+    except ConfigError as error:
+        writer.write(_packed("faults", error.faults))
+        return 1
+    except Exception as error:
+        telemetry.event("bug", message=f"start: {error!r}", traceback=traceback.format_exc())
+        return 1
+    finally:
+        listening.cancel()
+        with suppress(OSError):
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+        telemetry.close()
+
+
+def _taken(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return sock
+
+
+def _bare(config: Config) -> Config:
+    """The Config without where it came from: only the supervisor reads files."""
+    copy = config.model_copy()
+    copy._source = None
+    return copy
+
+
+def _packed(word: str, what: Any) -> bytes:
+    octets = pickle.dumps((word, what))
+    return _LENGTH.pack(len(octets)) + octets
+
+
+async def _received(reader: asyncio.StreamReader) -> tuple[str, Any] | None:
+    """The next word of the other side; None when it is gone."""
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        return cast("tuple[str, Any]", pickle.loads(await reader.readexactly(length)))
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+def work(fd: int) -> int:
+    """The life of a worker process; ``fd``: its end of the socket pair."""
+    import uvloop
+
+    # Ctrl-C reaches every process of the terminal; the supervisor says what comes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return int(uvloop.run(_work(socket.socket(fileno=fd))))
+
+
+if __name__ == "__main__":
+    sys.exit(work(int(sys.argv[1])))
