@@ -194,6 +194,11 @@ class SqliteSpool:
     def unhealthy(self) -> str | None:
         return self.fatal or self._trouble or self._shortage
 
+    @property
+    def shortage(self) -> str | None:
+        """Why there is too little room; ``unhealthy`` may have a graver reason."""
+        return self._shortage
+
     # -------------------------------------------------------------------------- the contract
 
     def store(self, ticket: Store) -> None:
