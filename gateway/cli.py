@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -131,7 +131,7 @@ def serve(
 
         from . import app
 
-        code = app.serve(config, log=log, config_path=path)
+        code = app.serve(config, log=cast("Literal['json', 'text', 'none']", log), config_path=path)
     except ConfigError as error:
         raise Refused(error.faults) from None
     sys.exit(code)
@@ -661,7 +661,7 @@ def _explained(
         "reply": reply,
         "stage": stage,
         "accepted": accepted,
-        "why": [] if accepted or stage != "recipient" else list(_reasons(config, routes, recipient, ip, user)),
+        "why": [] if accepted or not (stage == "recipient" and reply.startswith("550")) else list(_reasons(config, routes, recipient, ip, user)),
         "dialogue": dialogue[:-2] if accepted else dialogue,
     }
 
