@@ -290,7 +290,7 @@ class HttpReceiver:
 
     def wait(self, count: int, timeout: float = PATIENCE) -> list[Request]:
         """All requests, once there are ``count``."""
-        wait_until(lambda: len(self.requests) >= count, f"{count} requests ({len(self.requests)} so far)", timeout)
+        wait_until(lambda: len(self.requests) >= count, f"{count} requests", timeout)
         return list(self.requests)
 
     def __enter__(self) -> Self:
@@ -366,7 +366,7 @@ class Upstream:
         self.address = f"127.0.0.1:{self.port}"
 
     def wait(self, count: int, timeout: float = PATIENCE) -> list[Taken]:
-        wait_until(lambda: len(self.taken) >= count, f"{count} mails ({len(self.taken)} so far)", timeout)
+        wait_until(lambda: len(self.taken) >= count, f"{count} mails", timeout)
         return list(self.taken)
 
     def __enter__(self) -> Self:
