@@ -107,8 +107,8 @@ class Order:
         return True
 
     def forsake(self) -> list[int]:
-        """Owe nothing any more; the numbers of those that were."""
-        numbers = [place.number for place in self.owed]
+        """Owe nothing any more; the numbers of those that had no answer."""
+        numbers = [place.number for place in self.owed if place.wire is None]
         self.owed.clear()
         self._tail = self._out
         return numbers
