@@ -223,7 +223,7 @@ async def switches_protocols(reader: asyncio.StreamReader, writer: asyncio.Strea
 
 async def redirects_to_a_200(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     request = await read_request(reader)
-    if request.startswith(b"POST /inbound "):
+    if request.startswith(b"POST /inbound"):
         writer.write(b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /elsewhere\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
     else:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")

@@ -110,6 +110,8 @@ def _verdict(answer: Answer) -> Verdict:
         return Verdict()
     if answer.status != 200:
         raise ValueError(f"HTTP {answer.status}")
+    if not answer.whole:
+        raise ValueError("the answer is too long")
     try:
         said = orjson.loads(answer.body)
     except ValueError:

@@ -48,11 +48,12 @@ class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of
 @dataclass(slots=True)
 class Answer:
     """``headers``: those of ``KEPT_HEADERS`` that were given, first value each. ``body``: its first
-    ``ANSWER_LIMIT`` octets, as they came."""
+    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all."""
 
     status: int
     headers: dict[str, str]
     body: bytes = field(repr=False)
+    whole: bool = True
 
 
 class HttpClient(Protocol):
@@ -121,7 +122,7 @@ class _Pyreqwest:
                 pieces.append(bytes(piece))
                 size += len(pieces[-1])
             kept = {name: value for name in KEPT_HEADERS if (value := response.get_header(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT])
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
 
     async def close(self) -> None:
         await self._client.close()
@@ -189,7 +190,7 @@ class _Aiohttp:
                     response.close()
                     break
             kept = {name: value for name in KEPT_HEADERS if (value := response.headers.get(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT])
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
 
     async def close(self) -> None:
         if self._session is not None:
