@@ -10,7 +10,14 @@ flags = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *os.environ.get("GA
 
 setup(
     ext_modules=cythonize(
-        [Extension("gateway._parser", ["gateway/_parser.pyx"], extra_compile_args=flags, extra_link_args=os.environ.get("GATEWAY_LDFLAGS", "").split())],
+        [
+            Extension(
+                "gateway._parser",
+                ["gateway/_parser.pyx"],
+                extra_compile_args=flags,
+                extra_link_args=os.environ.get("GATEWAY_LDFLAGS", "").split(),
+            )
+        ],
         compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False, "freethreading_compatible": True},
     )
 )
