@@ -262,7 +262,7 @@ class Stage:
         if route is None:
             route = Route(("*",), tuple(self.sinks))
         routes = [route] * len(names) if isinstance(route, Route) else list(route)
-        envelope = Envelope(mail_from, {}, [Recipient(name, *name.split("@")) for name in names])
+        envelope = Envelope(mail_from, {}, [Recipient(name, name.partition("@")[0], name.partition("@")[2]) for name in names])
         return Transaction(1, "s1", "127.0.0.1:25", Client("192.0.2.7", 1234, "client.example", "ESMTP"), envelope, routes, lmtp=lmtp)
 
     def draft(self, transaction: Transaction) -> MailDraft:
