@@ -35,7 +35,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.ne
 # ------------------------------------------------------------------- the means
 
 
-def on_both_loops(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
+def on_both_loops(test: Callable[..., Coroutine[None, None, None]], loops: Sequence[str] = tuple(LOOPS)) -> Callable[..., None]:
     """Their transports differ (closing, TLS), and a program may bring either."""
 
     def run(loop: str, **given: Any) -> None:
@@ -47,8 +47,13 @@ def on_both_loops(test: Callable[..., Coroutine[None, None, None]]) -> Callable[
     signature = inspect.signature(test)
     loop = inspect.Parameter("loop", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__signature__ = signature.replace(parameters=[loop, *signature.parameters.values()])  # type: ignore[attr-defined]
-    both: Callable[..., None] = pytest.mark.parametrize("loop", LOOPS)(run)
+    both: Callable[..., None] = pytest.mark.parametrize("loop", loops)(run)
     return both
+
+
+def on_uvloop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
+    """What takes long and has nothing to do with transports."""
+    return on_both_loops(test, ["uvloop"])
 
 
 def message(*recipients: str | Recipient, content: bytes | Path = CONTENT, sender: str = "a@x.example", **params: str) -> Message:
@@ -595,7 +600,7 @@ def large(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("offers", [["PIPELINING", "CHUNKING"], ["CHUNKING"], ["PIPELINING"], []])
-@on_both_loops
+@on_uvloop
 async def test_content_in_a_file_arrives_as_it_is(large: Path, offers: list[str]) -> None:
     with Upstream(offers=offers) as server:
         async with to(server.address) as sink:
@@ -917,7 +922,7 @@ MISBEHAVIOUR: list[Talk] = [
 
 
 @pytest.mark.parametrize("talk", MISBEHAVIOUR, ids=lambda talk: talk.__name__)
-@on_both_loops
+@on_uvloop
 async def test_an_upstream_that_misbehaves_defers_in_bounded_time(talk: Talk) -> None:
     tls = "required" if talk in (injects_behind_starttls, talks_on_instead_of_a_handshake, never_shakes_hands) else "off"
     async with Rogue(talk) as server, to(server.address, tls=tls, timeout=0.3) as sink:
