@@ -1062,7 +1062,6 @@ cdef void count_header(Header* h, octets_t p, Py_ssize_t n) noexcept nogil:
                 return
             h.size += 1
             h.fields += 1
-            h.cr = True
             h.place = H_REST
         elif h.place == H_NAME:
             if (c & 0xDF) != <unsigned char>RECEIVED[h.matched]:
@@ -1208,7 +1207,7 @@ cdef class Receiver:
         return b"" if piece is None else piece
 
     def end(self):
-        if self.walk.cr and not self.walk.fault and not self.binary:
+        if self.walk.cr and not self.walk.fault:
             self.walk.fault = FAULT_NEWLINE
 
     @property

@@ -374,6 +374,7 @@ def test_odd_addresses(text: str) -> None:
 @example("1:2:3:4:5:6:1.2.3.4")
 @example("1::3:4:5:6:7:8")
 @example("1::2::3")
+@example("1:2:3:4::5:6:7:8")
 @example("::")
 @example(":::")
 @example("")

@@ -13,10 +13,11 @@ import tracemalloc
 import pytest
 
 from gateway._parser import FLOOD_LIMIT, LINE_LIMIT, Command, Receiver, ReplyReceiver, parse_address, stuff
+from tests import reference
 
 
-def one(line: bytes, **limits: int) -> Command:
-    receiver = Receiver(**limits)
+def one(line: bytes) -> Command:
+    receiver = Receiver()
     receiver.feed(line)
     command = receiver.command()
     assert command is not None
@@ -139,6 +140,28 @@ def test_dots(wire: bytes, said: bytes) -> None:
         assert receiver.size == len(said)
         assert receiver.pending == 0
     assert read_content(Receiver(), stuff(said) + b".\r\n") == said
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_dots_and_line_ends_at_every_place_of_a_block(normalize: bool) -> None:
+    """The walk looks at 64 octets at a time: everything that spans octets must survive every border."""
+    for before in range(200):
+        for odd in (b".", b"..", b".\r\n..", b"\n.", b"\n.\r\n", b"\r.", b"\0", b"\xff", b"\r\n\r\n", b".\r"):
+            wire = b"..\r\n" + b"x" * before + b"\r\n" + odd + b"y" * 70 + b"\r\n.z\r\n.\r\nQUIT\r\n"
+            want = reference.content(wire, normalize)
+            for cut in (len(wire), 4, before + 6, before + 7):
+                receiver = Receiver(normalize=normalize)
+                got = read_content(receiver, wire[:cut], wire[cut:])
+                assert got == want.octets or (want.fault and want.octets.startswith(got))
+                told = (receiver.content_fault, receiver.finished, receiver.size, receiver.longest, receiver.eight_bit, receiver.pending)
+                assert told == (want.fault, True, want.size, want.longest, want.eight_bit, len(wire) - want.used)
+
+
+def test_stuffing_at_every_place_of_a_block() -> None:
+    for before in range(200):
+        for odd in (b".", b"..\r\n.", b"\n.", b"\r."):
+            octets = b"x" * before + b"\r\n" + odd + b"y" * 70
+            assert stuff(octets) == reference.stuff(octets)
 
 
 def test_what_follows_the_end_stays_pending() -> None:
