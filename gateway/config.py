@@ -25,7 +25,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -353,7 +353,8 @@ class Table(BaseModel):
     line end) becomes ``x``. Rules between keys stand in ``misfits``: they are judged beside
     the keys, so that every fault is told at once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Input may be a secret: pydantic's own errors (of tables made in a program) must not repeat it.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     @classmethod
     def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -620,6 +621,11 @@ class PythonConfig(AnySink):
     function: Callable[[Message], Reply | Awaitable[Reply | None] | None]
 
 
+def _without_extra(table: BaseModel, arguments: Iterable[tuple[str | None, Any]]) -> Iterator[tuple[str | None, Any]]:
+    """Keys of others may be secrets."""
+    return ((key, value) for key, value in arguments if key in type(table).model_fields)
+
+
 class PluginSinkConfig(AnySink):
     """A sink of another package (entry point ``gateway.sinks``). Its own keys stand in
     ``model_extra``, as they were written. Unless the file says ``mail_server = false`` it counts
@@ -631,6 +637,9 @@ class PluginSinkConfig(AnySink):
     @property
     def relays(self) -> bool:
         return self.mail_server
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        yield from _without_extra(self, super().__repr_args__())
 
 
 class AnyCheck(Table):
@@ -657,6 +666,9 @@ class PluginCheckConfig(AnyCheck):
     ``model_extra``."""
 
     model_config = ConfigDict(extra="allow")
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        yield from _without_extra(self, super().__repr_args__())
 
 
 class RouteConfig(Table):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gateway.config import (
@@ -283,6 +286,23 @@ def test_faults_of_the_environment(tmp_path: Path) -> None:
     ]
 
 
+def test_whole_entries_of_the_environment(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        text(head="hostname = 'h.example'", sinks=""),
+        {"GATEWAY_LISTENERS__0": '{ address = "[::1]:0" }', "GATEWAY_SINKS__APP__TYPE": "discard"},
+    )
+    assert config.listeners == [ListenerConfig(address="[::1]:0")]
+    assert config.sinks == {"app": DiscardConfig()}
+    assert faults(tmp_path, text(head="limits = 5"), {"GATEWAY_LIMITS__HOPS": "5"}) == ["limits: must be a table"]
+    listed = faults(tmp_path, text(), {"GATEWAY_ROUTES__FIRST__SINK": "app"})
+    assert listed == ["routes: the environment names entry 'first', and there are 1; entries are counted from 0"]
+
+
+def test_as_many_workers_as_cores(tmp_path: Path) -> None:
+    assert load(tmp_path, text(head="workers = 0")).worker_count == len(os.sched_getaffinity(0))
+
+
 def test_reload_goes_by_the_same_flags(tmp_path: Path) -> None:
     config = load(tmp_path, text(), {"GATEWAY_WORKERS": "2"}, {"hostname": "flag.example"})
     (tmp_path / "gateway.toml").write_text(text(head='hostname = "new.example"', limits="[limits]\nhops = 7"))
@@ -366,6 +386,12 @@ def test_quick_urls_that_say_nothing(url: str) -> None:
     ]
 
 
+def test_a_quick_url_that_is_none() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.quick(to=["http://[::1/"], environment={})
+    assert caught.value.faults == ["--to[0]: 'http://[::1/' is no URL: Invalid IPv6 URL"]
+
+
 def test_quick_is_no_open_relay_either() -> None:
     with pytest.raises(ConfigError, match="open relay"):
         Config.quick(to=["smtp://127.0.0.1:25"], clients=["0.0.0.0/0"], environment={})
@@ -437,6 +463,14 @@ def not_yet(way: str) -> str:
             {"listeners": "[[listeners]]\naddress = 'unix:x'"},
             ['listeners[0].address: ' + not_yet('write "host:port"')],
         ),
+        (
+            {"listeners": "[[listeners]]\naddress = '[::g]:25'"},
+            ["listeners[0].address: '[::g]:25' is no IPv6 address in brackets; write \"[::1]:2525\""],
+        ),
+        ({"listeners": "[[listeners]]\naddress = 'fd:x'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
+        ({"listeners": "[[listeners]]\naddress = 25"}, ["listeners[0].address: must be text in quotes"]),
+        ({"listeners": "listeners = [25]"}, ["listeners[0]: must be a table"]),
+        ({"listeners": "listeners = []"}, ['listeners: no address to listen on; write [[listeners]] with address = "127.0.0.1:2525"']),
         ({"listeners": "[[listeners]]\naddress = 'unix:/run/x'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
         ({"listeners": "[[listeners]]\naddress = 'fd:3'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
         ({"listeners": LISTENER + "protocol = 'esmtp'"}, ["listeners[0].protocol: must be one of smtp, submission, lmtp; did you mean 'smtp'?"]),
@@ -476,10 +510,13 @@ def not_yet(way: str) -> str:
         ({"limits": "[limits]\nidle_timeout = true"}, [f"limits.idle_timeout: {DURATION}"]),
         ({"limits": "[limits]\ndata_timeout = []"}, ["limits.data_timeout: must be a number"]),
         ({"limits": "[limits]\nhops = 1001"}, ["limits.hops: must be at most 1000"]),
+        ({"limits": "[limits]\nminimum_rate = '1h 30m'"}, [f"limits.minimum_rate: {SIZE}"]),
         ({"limits": "limits = 5"}, ["limits: must be a table"]),
         ({"drain": "[drain]\ntimeout = '-1s'"}, [f"drain.timeout: {DURATION}"]),
         ({"spool": "[spool]\nminimum_free = '105%'"}, [f"spool.minimum_free: {FREE}"]),
         ({"spool": "[spool]\nminimum_free = 'much'"}, [f"spool.minimum_free: {FREE}"]),
+        ({"spool": "[spool]\nminimum_free = 'half%'"}, [f"spool.minimum_free: {FREE}"]),
+        ({"spool": "[spool]\nminimum_free = true"}, [f"spool.minimum_free: {FREE}"]),
         ({"spool": "[spool]\nhold = '2s'"}, ["spool.hold: must be at most 1.0"]),
         (
             {"spool": "[spool]\nengine = 'postgres'\ndsn = 'postgresql://x'"},
@@ -528,6 +565,8 @@ def not_yet(way: str) -> str:
         ({"sinks": WEBHOOK + "secret = 'whsec_not base64'"}, [f"sinks.app.secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_'\nprevious_secret = '%'"}, [f"sinks.app.secret: {SIGNING}", f"sinks.app.previous_secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret_file = '/no/secret'"}, ["sinks.app.secret_file: cannot read /no/secret: No such file or directory"]),
+        ({"sinks": WEBHOOK + "secret_file = 7"}, ["sinks.app.secret_file: must be text in quotes"]),
+        ({"sinks": RELAY + "mx = true"}, [f"sinks.app.mx: {not_yet('name the servers in hosts')}"]),
         ({"sinks": WEBHOOK + "secret_file = '/dev/null'"}, ["sinks.app.secret_file: /dev/null is empty"]),
         (
             {"sinks": WEBHOOK + f"secret = '{SECRET}'\nsecret_file = '/dev/null'"},
@@ -720,6 +759,63 @@ def test_files_that_cannot_be_read(tmp_path: Path, octets: bytes | None, wanted:
     assert caught.value.faults == [wanted.format(file=file)]
 
 
+MODELS: list[type[Table]] = [*SINKS.values(), *CHECKS.values(), ListenerConfig, RouteConfig, Limits, SpoolConfig]
+KEYS = [*Config.model_fields, *(key for model in MODELS for key in model.model_fields)]
+WORDS = [
+    "webhook",
+    "relay",
+    "lmtp",
+    "file",
+    "app",
+    "*",
+    "*@a.example",
+    "127.0.0.1:0",
+    "5m",
+    "1 MiB",
+    "${X}",
+    "10.0.0.0/8",
+    "http://a.example/",
+    "",
+]
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(WORDS), st.dates()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)),
+    max_leaves=20,
+)
+
+
+@st.composite
+def nearly_good(draw: st.DrawFn) -> dict[str, Any]:
+    """A whole file in which one sink and one route have odd values."""
+    kind = draw(st.sampled_from(sorted(SINKS)))
+    sink = draw(st.dictionaries(st.sampled_from(sorted(SINKS[kind].model_fields)), VALUES, max_size=5))
+    route = draw(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+    return {
+        "hostname": "mx.example.net",
+        "listeners": [{"address": "127.0.0.1:0"}],
+        "sinks": {"app": {"type": kind} | sink},
+        "routes": [{"recipients": ["*@a.example"], "sink": "app"} | route],
+    }
+
+
+@given(st.one_of(st.dictionaries(st.sampled_from([*Config.model_fields]), VALUES), nearly_good()))
+def test_whatever_a_file_says_its_faults_have_places(tree: dict[str, Any]) -> None:
+    try:
+        Config.parse(tree, environment={"X": "x"})
+    except ConfigError as error:
+        found = error.faults
+    else:
+        return
+    assert found
+    for fault in found:
+        place, colon, sentence = fault.partition(": ")
+        assert place
+        assert colon
+        # A sentence of ours, not of the machinery's.
+        assert sentence
+        assert not re.search(r"Input|pydantic|Error", sentence), fault
+
+
 # -------------------------------------------------------------------------- no open relay ever
 
 
@@ -795,6 +891,12 @@ def test_tables_made_in_a_program_are_judged_too(tmp_path: Path) -> None:
     assert WebhookConfig(url="http://a.example/", secret_file=tmp_path / "key").secret == SECRET
 
 
+def test_no_secret_in_what_pydantic_says() -> None:
+    with pytest.raises(ValidationError) as caught:
+        WebhookConfig(url="http://a.example/", secret="hush hush")
+    assert "hush" not in str(caught.value)
+
+
 def test_a_function_as_sink(tmp_path: Path) -> None:
     async def inbound(message: Message) -> Reply | None:
         return None
@@ -828,6 +930,8 @@ def test_a_sink_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (app.type, app.model_extra, app.timeout, app.concurrency) == ("pigeon", {"loft": "north"}, 172_800.0, 64)
     assert config.checks["o"].model_extra == {"temple": "delphi"}
     assert config.checks_at("content") == ("o",)
+    assert "north" not in repr(config)
+    assert "delphi" not in repr(config)
     # What is not known to be none counts as a mail server.
     assert app.relays
     everybody = '[[routes]]\nrecipients = ["*"]\nsink = "app"'
