@@ -39,6 +39,8 @@ LONG_LINE = 1024
 #: Characters that are kept of a value in a long line; ``bug`` keeps its traceback.
 LONG_VALUE = 200
 LONG_TRACE = 8000
+#: Items that are kept of a list in a long line.
+MOST_ITEMS = 10
 #: Values that one metric takes for its labels; what comes later is counted as ``other``.
 MOST_LABELS = 200
 #: Seconds the writing thread gathers lines, so that a busy gateway wakes it seldom.
@@ -73,6 +75,7 @@ COUNTERS: dict[str, tuple[Labels, str]] = {
     "gateway_recovered_messages": ((), "Messages found in the spool at start"),
     "gateway_shed": (("reason",), "Work that was refused for want of means"),
     "gateway_sink_failures": (("sink",), "Times a sink went down"),
+    "gateway_damaged": ((), "Rows of the spool that were found damaged and set aside"),
     "gateway_committed_messages": ((), "Messages that commit groups stored"),
     "gateway_reloads": ((), "Times the configuration was replaced"),
     "gateway_bugs": ((), "Unexpected exceptions"),
@@ -96,11 +99,12 @@ GAUGES: dict[str, tuple[Labels, str]] = {
     "gateway_connections": ((), "Connections that are open"),
     "gateway_queue_messages": (("sink", "state"), "Messages in the spool"),
     "gateway_queue_oldest_seconds": (("sink",), "Age of the oldest message in the spool"),
+    "gateway_spool_up": ((), "1 while the spool can keep mail, 0 while new mail is refused for its sake"),
     "gateway_sink_up": (("sink",), "1 while the sink takes mail, 0 while it is down"),
 }
 #: Over several workers these are no sum but the largest, and the smallest.
 _LARGEST = {"gateway_queue_oldest_seconds"}
-_SMALLEST = {"gateway_sink_up"}
+_SMALLEST = {"gateway_sink_up", "gateway_spool_up"}
 #: Counted but not told: one a commit group would drown the rest.
 _SILENT = {"committed"}
 
@@ -134,7 +138,8 @@ class Telemetry:
         self._carried = self._counts["gateway_recipients_carried"]
         self._attempts = self._counts["gateway_attempts"]
         self._up: dict[Labels, float] = {}
-        self._gauges: dict[str, Reading] = {"gateway_sink_up": lambda: self._up}
+        self._spool_up = 1.0
+        self._gauges: dict[str, Reading] = {"gateway_sink_up": lambda: self._up, "gateway_spool_up": lambda: self._spool_up}
         self._extra: dict[str, tuple[Labels, str]] = {}
         self._tell: dict[str, Callable[[dict[str, Any]], None]] = {
             "connected": self._connected,
@@ -150,6 +155,9 @@ class Telemetry:
             "shed": lambda fields: self._bump("gateway_shed", (_cut(str(fields["reason"]), 60),)),
             "sink_down": self._sink_down,
             "sink_up": lambda fields: self._up.__setitem__((fields["sink"],), 1.0),
+            "spool_down": lambda fields: self._spool_is(0.0),
+            "spool_up": lambda fields: self._spool_is(1.0),
+            "damaged": lambda fields: self._bump("gateway_damaged"),
             "committed": self._committed,
             "reloaded": lambda fields: self._bump("gateway_reloads"),
             "bug": lambda fields: self._bump("gateway_bugs"),
@@ -293,6 +301,9 @@ class Telemetry:
         self._up[(fields["sink"],)] = 0.0
         self._bump("gateway_sink_failures", (fields["sink"],))
 
+    def _spool_is(self, up: float) -> None:
+        self._spool_up = up
+
     def _committed(self, fields: dict[str, Any]) -> None:
         self._counts["gateway_committed_messages"][()] += fields["count"]
         self._observe("gateway_commit_seconds", (), fields["seconds"])
@@ -423,10 +434,13 @@ def _tamed(value: Any, limit: int, depth: int) -> Any:
         return value if abs(value) < 2**53 else _cut(str(value), limit)
     if isinstance(value, str):
         return _cut(value, limit)
+    # The innermost level gets less, so that a tree of values stays as small as a list.
+    inside = limit if depth > 1 else limit // 4
     if depth and isinstance(value, Mapping):
-        return {_cut(str(key), 40): _tamed(inner, limit // 4, depth - 1) for key, inner in list(value.items())[:10]}
+        return {_cut(str(key), 40): _tamed(inner, inside, depth - 1) for key, inner in list(value.items())[:MOST_ITEMS]}
     if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return [_tamed(inner, limit // 4, depth - 1) for inner in list(value)[:10]]
+        more = [f"… ({len(value) - MOST_ITEMS} more)"] if len(value) > MOST_ITEMS else []
+        return [_tamed(inner, inside, depth - 1) for inner in list(value)[:MOST_ITEMS]] + more
     return _cut(str(value), limit)
 
 

@@ -201,6 +201,14 @@ def test_long_values_are_cut_and_long_lines_stay_bounded() -> None:
     assert json.loads(third)["message"] == "m" * 200 + "… (5000 characters)"
 
 
+def test_the_faults_of_a_reload_stay_legible() -> None:
+    out = pipe()
+    faults = [f"routes[{number}]: {'x' * 150}" for number in range(14)]
+    out.telemetry.event("reload_refused", faults=faults)
+    (line,) = out.lines()
+    assert line["faults"] == [*faults[:10], "… (4 more)"]
+
+
 def test_what_json_cannot_say_is_said_all_the_same() -> None:
     out = pipe()
     out.telemetry.event(
@@ -372,6 +380,8 @@ def test_every_event_counts(telemetry: Telemetry) -> None:
     tell("sink_down", sink="app", reason="refused")
     tell("sink_down", sink="out", reason="refused")
     tell("sink_up", sink="out")
+    tell("spool_down", reason="no room", fatal=False)
+    tell("damaged", row=7, sink="app", reason="checksum")
     tell("committed", count=5, seconds=0.002)
     tell("committed", count=1, seconds=99.0)
     tell("reloaded")
@@ -407,11 +417,15 @@ def test_every_event_counts(telemetry: Telemetry) -> None:
         'gateway_sink_failures_total{sink="app"}': 1,
         'gateway_sink_failures_total{sink="out"}': 1,
         'gateway_sink_up{sink="out"}': 1,
+        "gateway_damaged_total": 1,
         "gateway_committed_messages_total": 6,
         "gateway_reloads_total": 1,
         "gateway_bugs_total": 1,
     }
     assert found['gateway_sink_up{sink="app"}'] == 0
+    assert found["gateway_spool_up"] == 0
+    tell("spool_up")
+    assert samples(telemetry.exposition())["gateway_spool_up"] == 1
 
 
 def test_histograms(telemetry: Telemetry) -> None:
