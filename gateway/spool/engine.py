@@ -278,7 +278,6 @@ class Engine:
         # The WAL takes its mode from the database: made here, it is 0600 whatever the umask.
         self._files.close(self._files.open(self._path, os.O_RDWR | os.O_CREAT))
         self._connect()
-        self._migrate()
         self._files.fsync_dir(self.folder)
         damage = self._check()
         try:
@@ -293,12 +292,17 @@ class Engine:
     def _connect(self) -> None:
         db = apsw.Connection(self._path, vfs=self._vfs)
         self._db = db
-        self._cursor = cursor = db.cursor()
+        self._cursor = db.cursor()
+        # Before the first access: so the index of the WAL lies in memory, and no shm file is made.
+        self._pragma("locking_mode = EXCLUSIVE")
+        new = self._identify()
+        if new:
+            # An existing file has them; to ask again would write to it, even on a full disk.
+            self._pragma(f"page_size = {PAGE_SIZE}")
+            self._pragma("auto_vacuum = INCREMENTAL")
+        if self._pragma("journal_mode = WAL") != [("wal",)]:
+            raise SpoolError(f"spool {self.folder}: the file system cannot hold a WAL", known=True)
         for pragma in (
-            f"page_size = {PAGE_SIZE}",
-            "auto_vacuum = INCREMENTAL",
-            "locking_mode = EXCLUSIVE",
-            "journal_mode = WAL",
             "synchronous = FULL",
             "fullfsync = ON",
             "checkpoint_fullfsync = ON",
@@ -309,13 +313,15 @@ class Engine:
             "trusted_schema = OFF",
             "secure_delete = OFF",
         ):
-            found = cursor.execute(f"PRAGMA {pragma}").fetchall()
-            if pragma.startswith("journal_mode") and found != [("wal",)]:
-                raise SpoolError(f"spool {self.folder}: the file system cannot hold a WAL", known=True)
+            self._pragma(pragma)
         self._page_size = self._number("PRAGMA page_size")
+        self._migrate(new)
 
-    def _migrate(self) -> None:
-        cursor = self._at
+    def _pragma(self, pragma: str) -> list[Any]:
+        return self._at.execute(f"PRAGMA {pragma}").fetchall()
+
+    def _identify(self) -> bool:
+        """True: it is empty. Raises SpoolError for a file that is not ours, or not for us."""
         application = self._number("PRAGMA application_id")
         version = self._number("PRAGMA user_version")
         tables = self._number("SELECT count(*) FROM sqlite_schema")
@@ -323,14 +329,16 @@ class Engine:
             raise SpoolError(f"{self._path} is a database, but not a spool of this program", known=True)
         if version > VERSION:
             raise SpoolError(
-                f"spool {self.folder} has schema {version}, this program knows up to {VERSION}: use the newer version that wrote it",
-                known=True,
+                f"spool {self.folder} has schema {version}, this program knows up to {VERSION}: use the newer version that wrote it", known=True
             )
-        if not tables:
-            cursor.execute(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT")
-            version = VERSION
+        return not tables
+
+    def _migrate(self, new: bool) -> None:
+        version = VERSION if new else self._number("PRAGMA user_version")
+        if new:
+            self._at.execute(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT")
         while version < VERSION:
-            cursor.execute(f"BEGIN IMMEDIATE; {UPGRADES[version]}; PRAGMA user_version = {version + 1}; COMMIT")
+            self._at.execute(f"BEGIN IMMEDIATE; {UPGRADES[version]}; PRAGMA user_version = {version + 1}; COMMIT")
             version += 1
 
     def _check(self) -> str | None:

@@ -166,8 +166,9 @@ class SqliteSpool:
         self._watch()
 
     async def close(self) -> None:
-        """Writes what waits (unless the store fails), then ends. Call it after the last store and
-        mark; later ones are refused."""
+        """Writes what waits, then ends; marks that fail now are given up (their deliveries are
+        repeated after the next start). Call it after the last store and mark: later ones are
+        refused."""
         if self._writer is None or self._closing:
             return
         self._closing = True
@@ -506,7 +507,8 @@ class SqliteSpool:
                     trouble = str(error)
                 assert isinstance(error, SpoolError)
                 self._fail(part, error)
-        self._marks.extendleft(reversed(again))
+        if self.fatal is None and not self._closing:
+            self._marks.extendleft(reversed(again))
         if trouble is not None:
             self._set_trouble(trouble)
         elif self._trouble is not None and stored:

@@ -492,11 +492,12 @@ async def story(folder: Path) -> None:
         for server in (hook, relay, last):
             server.close()
     count = ledger.judge()
+    (folder / "wrong").write_text("\n".join(ledger.wrong))
     print(
         f"{KILLS} kills, seed {SEED}: {dict(count)}; at the kills {min(rates):.0f} to {max(rates):.0f} messages/s, "
         f"{min(depths)} to {max(depths)} unanswered"
     )
-    assert not ledger.wrong, ledger.wrong[:20]
+    assert not ledger.wrong, f"{len(ledger.wrong)} in {folder}/wrong: {ledger.wrong[:10]}"
     assert code == 0
     assert count["acknowledged"] > 0
     assert count["refused"] > 0
