@@ -187,6 +187,7 @@ _TOKEN = re.compile(
       | (?P<quoted>"[^"\\]*(?:\\.[^"\\]*)*")
       | (?P<literal>\[[^\[\]<>,;]*\])
       | (?P<special>[<>,;:()@])
+      | (?P<word>=\?[^?\s]{1,60}\?[bBqQ]\?[^?\s]*\?=)
       | (?P<text>[^ \t\r\n"<>,;:()@\[]+)
       | (?P<other>.)""",
     re.VERBOSE | re.DOTALL,
@@ -231,7 +232,8 @@ class _Reading:
             if self.tokens > TOKEN_LIMIT:
                 self.problems.note(f"{self.where}: over {TOKEN_LIMIT} tokens, the rest is left out")
                 return False
-            if fresh and (usual := _USUAL.match(text, at)):
+            usual = _USUAL.match(text, at) if fresh else None
+            if usual and "=?" not in (usual[4] or ""):
                 self.tokens += _USUAL_TOKENS
                 quoted, phrase, inside, bare = usual.groups()
                 name = quoted if quoted is not None else _SPACES.sub(" ", phrase or "").strip(" ")

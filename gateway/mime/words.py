@@ -197,6 +197,9 @@ def decode_words(text: str, problems: Problems, where: str) -> str:
         # A word ends before the next one begins: no search looks further than that.
         following = text.find("=?", match.end())
         end = text.find("?=", match.end(), len(text) if following < 0 else following + 1)
+        if end < 0 and text.startswith("=?=", following):
+            # That was base64's padding and the end of this word.
+            end = following + 1
         octets = None if end < 0 else _word_octets(match[2], text[match.end() : end])
         if octets is None:
             problems.note(f"{where}: a broken encoded word, left as it was")
