@@ -114,7 +114,7 @@ def faults(path: Path) -> list[str]:
             result.append(f"{name} ({word}) imports {target} of a higher floor ({other_word})")
         elif other_floor == floor:
             in_order = other in WORDS and (part not in WORDS or WORDS.index(other) < WORDS.index(part))
-            if word != "whole" and not (word == "door") and not (word == "words" and in_order):
+            if word != "whole" and word != "door" and not (word == "words" and in_order):
                 result.append(f"{name} ({word}) imports {target} of its own floor; they meet through contracts")
     return result
 
