@@ -157,6 +157,16 @@ def test_dots_and_line_ends_at_every_place_of_a_block(normalize: bool) -> None:
                 assert told == (want.fault, True, want.size, want.longest, want.eight_bit, len(wire) - want.used)
 
 
+def test_the_longest_line_may_begin_with_a_dot_at_every_place_of_a_block() -> None:
+    for before in range(200):
+        short = (b"x" * 10 + b"\r\n") * (before // 12) + b"x" * (before % 12) + b"\r\n"
+        for length in (20, 59, 60, 61, 62, 63, 130):
+            receiver = Receiver()
+            receiver.feed(b"..\r\n" + short + b"." + b"y" * length + b"\r\n" + short)
+            receiver.content()
+            assert receiver.longest == length
+
+
 def test_stuffing_at_every_place_of_a_block() -> None:
     for before in range(200):
         for odd in (b".", b"..\r\n.", b"\n.", b"\r."):
