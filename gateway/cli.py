@@ -645,6 +645,7 @@ def _explained(
         # Only once content is to come does the session tell which route it took.
         say("DATA")
         reply = answer
+    unrouted = stage == "recipient" and reply.startswith("550")
     route = taken[0] if taken else None
     numbers = [number for number, known in enumerate(routes.routes) if known is route]
     if route is not None:
@@ -661,7 +662,7 @@ def _explained(
         "reply": reply,
         "stage": stage,
         "accepted": accepted,
-        "why": [] if accepted or not (stage == "recipient" and reply.startswith("550")) else list(_reasons(config, routes, recipient, ip, user)),
+        "why": list(_reasons(config, routes, recipient, ip, user)) if unrouted else [],
         "dialogue": dialogue[:-2] if accepted else dialogue,
     }
 
