@@ -5,7 +5,8 @@ the disk, ``FaultyFiles`` the spool's own; both ask the same plan and write the 
 that "the n-th operation" counts them together, in the order in which they happened.
 
 ``replay`` makes of a log what a disk may hold after the power went: the operations up to
-a point, with all that was written or with no more than what was synced.
+a point, with all that was written, with no more than what was synced, or with all octets
+but no cut that was not synced.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _CODES: dict[str, dict[str, int]] = {
 
 @dataclass(slots=True)
 class Operation:
-    """``size`` is the new size for a truncate; ``target`` the new name of a rename."""
+    """``size`` is the new size for a truncate; ``target`` the new name of a rename; ``named``: the
+    sync is SQLite's, whose first of a new file syncs the folder too."""
 
     kind: Kind
     path: str
@@ -45,6 +47,7 @@ class Operation:
     octets: bytes = b""
     size: int = 0
     target: str = ""
+    named: bool = False
 
 
 @dataclass
@@ -126,7 +129,7 @@ class FaultyFile(apsw.VFSFile):
             # What was written stays in the cache and may reach the disk all the same.
             _raise("sync", how)
         super().xSync(flags)
-        self.faults.note(Operation("sync", self.path))
+        self.faults.note(Operation("sync", self.path, named=True))
 
     def xTruncate(self, newsize: int) -> None:  # noqa: N802 - SQLite's name
         if how := self.faults.meet("truncate", self.path):
@@ -219,39 +222,51 @@ class FaultyFiles(Files):
         return self.room or super().statvfs(path)
 
 
-def replay(log: Sequence[Operation], root: str, target: Path, *, synced_only: bool) -> None:
-    """Make below ``target`` what the disk may hold after these operations on files below
-    ``root``: everything, or (``synced_only``) no octet, size or name that no sync had asked for.
+Left = Literal["all", "synced", "uncut"]
 
-    As on a journalling file system: a file's sync carries its own name with it; other names
-    and removals wait for the sync of their folder."""
-    octets: dict[str, bytearray] = {}
+
+def replay(log: Sequence[Operation], root: str, target: Path, left: Left) -> None:
+    """Make below ``target`` what the disk may hold after these operations on files below
+    ``root``: everything; no octet, size or name that no sync had asked for; or every octet, but
+    the old size where a file was cut and not synced since.
+
+    Names and removals wait for the sync of their folder, as POSIX has it."""
+    live: dict[str, bytearray] = {}
     names: set[str] = set()
-    synced: dict[str, bytes] = {}
+    disk: dict[str, bytearray] = {}
     durable: set[str] = set()
     folders: list[str] = []
+
+    def put(image: dict[str, bytearray], step: Operation) -> None:
+        content = image.setdefault(step.path, bytearray())
+        content.extend(bytes(max(0, step.offset - len(content))))
+        content[step.offset : step.offset + len(step.octets)] = step.octets
+
     for step in log:
         path = step.path
         if step.kind == "mkdir":
             folders.append(path)
         elif step.kind == "open":
-            octets[path] = bytearray()
+            live[path] = bytearray()
             names.add(path)
         elif step.kind == "write":
-            content = octets.setdefault(path, bytearray())
-            content.extend(bytes(max(0, step.offset - len(content))))
-            content[step.offset : step.offset + len(step.octets)] = step.octets
+            put(live, step)
             names.add(path)
+            if left != "synced":
+                put(disk, step)
         elif step.kind == "truncate":
-            content = octets.setdefault(path, bytearray())
-            del content[step.size :]
+            del live.setdefault(path, bytearray())[step.size :]
+            if left == "all":
+                del disk.setdefault(path, bytearray())[step.size :]
         elif step.kind == "sync":
-            synced[path] = bytes(octets.get(path, b""))
-            durable.add(path)
+            disk[path] = bytearray(live.get(path, b""))
+            if step.named:
+                durable.add(path)
         elif step.kind == "delete":
             names.discard(path)
         elif step.kind == "rename":
-            octets[step.target] = octets.pop(path, bytearray())
+            live[step.target] = live.pop(path, bytearray())
+            disk[step.target] = disk.pop(path, bytearray())
             names.discard(path)
             names.add(step.target)
         elif step.kind == "sync_dir":
@@ -260,7 +275,7 @@ def replay(log: Sequence[Operation], root: str, target: Path, *, synced_only: bo
     target.mkdir(parents=True)
     for folder in folders:
         (target / os.path.relpath(folder, root)).mkdir(parents=True, exist_ok=True)
-    for path in durable if synced_only else names:
+    for path in names if left == "all" else durable:
         place = target / os.path.relpath(path, root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(synced.get(path, b"") if synced_only else bytes(octets[path]))
+        place.write_bytes(disk.get(path, b""))

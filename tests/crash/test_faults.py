@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import apsw
 import pytest
@@ -24,7 +24,7 @@ import pytest
 from gateway.contracts import Mark, Pending, Row, SpoolError
 from gateway.spool import engine, sqlite
 from gateway.spool.sqlite import SqliteSpool
-from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS, How, replay
+from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS, How, Left, replay
 from tests.crash.mail import Events, Ticket, keep, large, message, opened, pending, store, until
 
 _numbers = itertools.count()
@@ -529,23 +529,23 @@ async def test_every_operation_fails(quick_path: Path, plan: dict[str, Any]) -> 
     assert unknown == 0 or plan.get("count", 1) > 1
 
 
-async def every_power_cut(path: Path, stride: int) -> None:
-    """Both ends of what a disk may hold then: all that was written, only what was synced."""
-    disk = new_disk(keep=True)
+async def every_power_cut(path: Path, stride: int, **plan: Any) -> tuple[Ledger, int]:
+    """After each operation, all that a disk may hold then (``replay``). Returns what was told, and
+    how many operations failed."""
+    disk = new_disk(keep=True, **plan)
     folder = path / "spool"
     moments: list[tuple[int, Ledger]] = []
 
     class Noting(Ledger):
         def told(self, id: str, content: bytes, error: SpoolError | None) -> None:
             super().told(id, content, error)
-            moments.append((len(disk.faults.log), Ledger(dict(self.acked))))
+            moments.append((len(disk.faults.log), Ledger(dict(self.acked), set(self.refused))))
 
     ledger = Noting()
     async with told(disk, folder, ledger):
         pass
     disk.vfs.unregister()
     log = disk.faults.log
-    assert len(moments) == 8
     for number in range(1, len(log) + 1, stride):
         then = Ledger()
         for when, state in moments:
@@ -553,17 +553,28 @@ async def every_power_cut(path: Path, stride: int) -> None:
                 then = state
         # What was settled later may be gone already.
         then.settling = ledger.settling
-        for synced_only in (False, True):
-            copy = path / f"{number}-{synced_only}"
-            replay(log[:number], str(folder), copy, synced_only=synced_only)
+        for left in get_args(Left):
+            copy = path / f"{number}-{left}"
+            replay(log[:number], str(folder), copy, left)
             then.check(await contents(copy), complete=False)
             shutil.rmtree(copy)
+    shutil.rmtree(folder)
+    return ledger, disk.faults.fired
 
 
-async def test_the_power_goes_after_every_seventh_operation(quick_path: Path) -> None:
-    await every_power_cut(quick_path, 7)
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+async def test_the_power_goes_after_every_operation(quick_path: Path, stride: int) -> None:
+    ledger, _ = await every_power_cut(quick_path, stride)
+    assert len(ledger.acked) == 8
 
 
-@pytest.mark.long
-async def test_the_power_goes_after_every_operation(quick_path: Path) -> None:
-    await every_power_cut(quick_path, 1)
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
+async def test_the_power_goes_after_a_commit_that_failed(quick_path: Path, stride: int) -> None:
+    """What was refused stays away, also where the sync that failed had written it all."""
+    refused = 0
+    for number in itertools.count(1, stride):
+        ledger, fired = await every_power_cut(quick_path, stride, first=number, kinds=frozenset({"sync"}), paths=("-wal",))
+        refused += len(ledger.refused)
+        if not fired:
+            break
+    assert refused > 0
