@@ -233,7 +233,6 @@ class Conversation(ABC):
     def _run(self) -> list[Event]:
         receiver = self._receiver
         verbs = self._verbs
-        unknown = type(self)._unknown
         left = COMMANDS_A_TURN
         self.more = False
         while not self.paused:
@@ -253,8 +252,10 @@ class Conversation(ABC):
                 fault = command.fault
                 if fault is not None and fault in replies.LINE_FAULTS:
                     self._malformed(fault)
+                elif verb in verbs:
+                    verbs[verb](self, command)
                 else:
-                    verbs.get(verb, unknown)(self, command)
+                    self._unknown(command)
             elif state == CONTENT:
                 if not self._read_content():
                     break
@@ -263,7 +264,8 @@ class Conversation(ABC):
                     break
             else:
                 break
-        if self._order.full:
+        order = self._order
+        if order.owed and order.full:
             self.paused = True
         if self._ended and not (self.paused or self.more):
             self._close()
@@ -271,10 +273,8 @@ class Conversation(ABC):
 
     def _taken(self) -> list[Event]:
         events = self._events
-        if events:
-            self._events = []
-            return events
-        return []
+        self._events = []
+        return events
 
     def _may_come(self, data: bytes) -> bool:
         """At points where the client must wait for us (RFC 2920 §3.1): was the wait over?"""

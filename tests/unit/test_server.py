@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -396,6 +396,30 @@ def test_order_gives_back_a_single_reply_uncopied() -> None:
     assert order.take() == b""
 
 
+def test_junk_behind_an_owed_answer_waits_for_it_before_it_costs() -> None:
+    one = session()
+    one.receive(b"NOOP\r\n" * 99)
+    one.receive(BY_CHUNK + b"NOOP\r\n" * 30)
+    assert paused(one)
+    one.answer(1, YES)
+    one.proceed()
+    assert codes(one.outgoing()) == [250] * (99 + 3 + 30)
+    assert delay(one) == 0
+
+
+def test_several_answers_decide_together() -> None:
+    one = session()
+    one.receive(b"BAD\r\n" * 9)
+    one.receive(BY_CHUNK * 2 + b"BAD\r\n" * 3)
+    assert paused(one)
+    one.answer(1, NO)
+    assert paused(one), "the second may still forgive"
+    one.answer(2, YES)
+    assert more(one)
+    one.proceed()
+    assert delay(one) == 0
+
+
 # ---------------------------------------------------------- waiting and early talk
 
 
@@ -421,6 +445,12 @@ def test_content_before_354_left() -> None:
     one.answer(1, YES)
     assert codes(one.outgoing()) == [250, 250, 250, 250, 250, 354, 554]
     assert closing(one)
+
+
+def test_half_a_chunk_waits_for_content() -> None:
+    one = session()
+    one.receive(BY_CHUNK + LETTER + b"BDAT 9 LAST\r\nhalf")
+    assert awaiting(one) == "content", "also while an answer is owed: it is the client's turn"
 
 
 def test_content_after_354_left() -> None:
@@ -569,6 +599,21 @@ def test_a_verdict_after_the_end() -> None:
     one.stop(LATER)
     assert one.verdict(Verdict(NO)) == []
     assert one.outgoing() == LATER.wire
+
+
+@pytest.mark.parametrize(
+    ("timeout", "fallback", "code"),
+    [(30.0, "durable", 250), (31.0, "durable", 452), (30.0, "refuse", 452)],
+)
+def test_recipients_that_are_acknowledged_alike_go_together(timeout: float, fallback: Literal["durable", "refuse"], code: int) -> None:
+    one = session(
+        routes=(
+            Route(("*@app.example",), ("app",), acknowledge="delivered"),
+            Route(("*@b.example",), ("b",), acknowledge="delivered", acknowledge_timeout=timeout, fallback=fallback),
+        )
+    )
+    one.receive(LETTER + b"RCPT TO:<b@b.example>\r\n")
+    assert codes(one.outgoing()) == [250, 250, code]
 
 
 # ------------------------------------------------------------------ shortage
