@@ -390,7 +390,7 @@ class Gateway:
     # ------------------------------------------------------------------ reload
 
     def reload(self, given: Config) -> None:
-        """Go by this Config, for connections from now on. Raises ConfigError, and changes
+        """Go by this Config from now on, for clients that are in as well. Raises ConfigError, and changes
         nothing, where it differs in what only a restart can change."""
         config, old = self._composed(given), self.config
         differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
@@ -406,7 +406,7 @@ class Gateway:
         if self._admission is not None:
             self._admission.limits = config.limits
         for listener, new in zip(self._listeners, rules, strict=True):
-            listener.rules = replace(new, shortage=listener.rules.shortage)
+            listener.go_by(replace(new, shortage=listener.rules.shortage))
         self.telemetry.event("reloaded")
 
     def _reload(self) -> None:
@@ -455,8 +455,6 @@ class Gateway:
             return
         started = self._state == "draining"
         self._state = "stopped"
-        for sock in self._sockets:
-            sock.close()
         for listener in self._listeners:
             listener.close()
         if self._watcher is not None:
@@ -478,6 +476,8 @@ class Gateway:
             with suppress(SpoolError):
                 left = sum(rows for rows, _ in (await self._spool.counts()).values())
             await self._safely(self._spool.close())
+        for sock in self._sockets:
+            sock.close()
         kept = self._put_away(left)
         if started:
             self.telemetry.event("stopped", queued=left, **({"spool": str(kept)} if kept else {}), **self._reason())

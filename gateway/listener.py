@@ -178,8 +178,7 @@ def _key(ip: str) -> str:
 
 
 class Listener:
-    """One bound address. ``rules`` may be replaced at any time: they hold for connections that
-    come later. ``name``: the real address."""
+    """One bound address. ``name``: the real one. ``rules`` are replaced with ``go_by``."""
 
     def __init__(
         self,
@@ -233,6 +232,12 @@ class Listener:
         if self._spare is not None:
             os.close(self._spare)
             self._spare = None
+
+    def go_by(self, rules: Rules) -> None:
+        """From now on these rules hold, for those that are in as well."""
+        self.rules = rules
+        for connection in self.connections:
+            connection.session.rules = rules
 
     def drain(self, reply: Reply = SHUTTING_DOWN) -> None:
         """Take no more and let go those that are in, each at the first moment that loses nothing."""
@@ -674,7 +679,12 @@ class Connection(asyncio.Protocol):
         if self._ended or not self._transport.can_write_eof():
             self._transport.close()
             return
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:
+            # asyncio's own loop says so at once where the client is gone.
+            self.cut()
+            return
         if self._stopped:
             self._hold(False)
 

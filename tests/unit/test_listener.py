@@ -70,6 +70,10 @@ class Mail:
     def abort(self) -> None:
         self.aborted = True
 
+    def say(self, reply: Reply | None) -> None:
+        assert self.answer is not None
+        self.answer(reply)
+
 
 @dataclass
 class Inbox:
@@ -294,11 +298,9 @@ async def test_answers_that_come_late_leave_in_order() -> None:
             await client.line()
         await until(lambda: len(here.inbox.mails) == 2 and here.inbox.mails[1].answer is not None)
         first, second = here.inbox.mails
-        assert second.answer is not None
-        second.answer(Reply(250, "2.0.0", "second"))
+        second.say(Reply(250, "2.0.0", "second"))
         await asyncio.sleep(0.05)
-        assert first.answer is not None
-        first.answer(Reply(250, "2.0.0", "first"))
+        first.say(Reply(250, "2.0.0", "first"))
         texts = [await client.line() for _ in range(4)]
         assert texts[0] == b"250 2.0.0 first\r\n"
         assert texts[3] == b"250 2.0.0 second\r\n"
@@ -313,7 +315,7 @@ async def test_what_is_owed_goes_out_after_the_client_stopped_sending() -> None:
         client.writer.write_eof()
         await until(lambda: here.inbox.mails[0].answer)
         await asyncio.sleep(0.05)
-        here.inbox.mails[0].answer(OK)
+        here.inbox.mails[0].say(OK)
         assert await client.rest() == OK.wire
         await here.empty()
         assert not here.inbox.mails[0].aborted
@@ -409,7 +411,7 @@ async def test_the_client_goes_while_an_answer_is_owed() -> None:
         client.reset()
         await here.empty()
         assert here.inbox.mails[0].aborted
-        here.inbox.mails[0].answer(OK)  # nobody is there to hear it
+        here.inbox.mails[0].say(OK)  # nobody is there to hear it
         assert not here.told.named("bug")
 
 
@@ -588,8 +590,7 @@ async def test_our_own_delay_is_not_the_clients(fast: None) -> None:
         client.writer.write(b"x\r\n.\r\n")
         await asyncio.sleep(0.4)
         (mail,) = here.inbox.mails
-        assert mail.answer is not None
-        mail.answer(OK)
+        mail.say(OK)
         assert await client.line() == OK.wire
         assert await client.rest() == module.TIMED_OUT.wire
 
@@ -730,7 +731,7 @@ async def test_an_answer_that_nobody_knows_is_a_bare_close() -> None:
         client.writer.write(b"x\r\n.\r\n")
         (mail,) = here.inbox.mails
         await until(lambda: mail.answer is not None)
-        mail.answer(None)
+        mail.say(None)
         assert await client.rest() == b""
         assert not here.told.named("bug")
 
@@ -756,7 +757,7 @@ async def test_draining() -> None:
             await asyncio.wait_for(owed.reader.readline(), 0.1)
         with pytest.raises(ConnectionRefusedError):
             await here.dial()
-        here.inbox.mails[1].answer(OK)
+        here.inbox.mails[1].say(OK)
         assert await owed.rest() == OK.wire + module.SHUTTING_DOWN.wire
         for client in (idle, midway, owed):
             await client.close()
