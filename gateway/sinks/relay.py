@@ -91,7 +91,7 @@ class Host:
 class Job:
     """One delivery on its way: what is still to be tried, and where it was tried."""
 
-    __slots__ = ("again", "deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried")
+    __slots__ = ("deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried")
 
     def __init__(self, delivery: Delivery, deadline: float) -> None:
         self.delivery = delivery
@@ -99,7 +99,6 @@ class Job:
         self.outcomes: list[Outcome | None] = [None] * len(delivery.recipients)
         self.todo: Sequence[int] = range(len(delivery.recipients))
         self.tried: set[Host] = set()
-        self.again = False
         self.down = True
         self.last: Reply | None = None
         self.remote = ""
@@ -523,8 +522,8 @@ class RelaySink:
 
     def unusable(self, connection: Connection, job: Job, event: Unusable) -> None:
         host = connection.host
-        if event.stale and not job.again:
-            job.again = True
+        if event.stale:
+            # The connection is to blame, and a fresh one is never stale.
             job.last, job.remote = event.reply, host.label
         else:
             self._blame(job, host, event.reply, event.down)

@@ -265,7 +265,6 @@ class ClientSession:
         """The handshake is done: greet anew (RFC 3207 §4.2, what was learned before is void)."""
         self._shaking = False
         self._tls = True
-        self._offers = {}
         self._replies = ReplyReceiver()
         self._hello()
 
@@ -541,13 +540,12 @@ class ClientSession:
             return self._nonsense(f"reply {code} to RCPT")
         if code == 421:
             return self._closing_down(lines)
-        if self._refused is None:
-            reply = _heard(code, lines)
-            if code == 552 and reply.enhanced in ("", "5.5.3"):
-                # Too many recipients, in the words of RFC 821 (RFC 5321 §4.5.3.1.10).
-                reply = Reply(452, "4.5.3", reply.text)
-            if not (self._accepted and reply.code == 452 and reply.enhanced in ("", "4.5.3")):
-                self._verdicts[index] = self._outcome(reply)
+        reply = _heard(code, lines)
+        if code == 552 and reply.enhanced in ("", "5.5.3"):
+            # Too many recipients, in the words of RFC 821 (RFC 5321 §4.5.3.1.10).
+            reply = Reply(452, "4.5.3", reply.text)
+        if not (self._accepted and reply.code == 452 and reply.enhanced in ("", "4.5.3")):
+            self._verdicts[index] = self._outcome(reply)
         return self._go_on()
 
     def _go_on(self) -> Event | None:
