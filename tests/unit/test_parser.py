@@ -9,6 +9,7 @@ import gc
 import resource
 import sys
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -871,11 +872,12 @@ def test_the_caller_is_told_when_it_breaks_the_contract() -> None:
         Receiver().line(1)
     with pytest.raises(ValueError, match="limits"):
         ReplyReceiver(line_limit=4)
-    for wrong in (bytearray(b"x"), memoryview(b"x"), "x", None):
+    wrong: list[Any] = [bytearray(b"x"), memoryview(b"x"), "x", None]
+    for octets in wrong:
         with pytest.raises(TypeError):
-            Receiver().feed(wrong)  # type: ignore[arg-type]  # what an untyped caller may do
+            Receiver().feed(octets)
         with pytest.raises(TypeError):
-            ReplyReceiver().feed(wrong)  # type: ignore[arg-type]  # the same
+            ReplyReceiver().feed(octets)
 
 
 def test_nothing_is_there_before_it_is_fed() -> None:
