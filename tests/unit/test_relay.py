@@ -381,6 +381,15 @@ async def test_an_upstream_may_limit_mails_on_a_connection() -> None:
 
 
 @on_both_loops
+async def test_recipients_that_are_left_go_on_over_a_new_connection() -> None:
+    with Upstream(offers=["PIPELINING", "CHUNKING", "LIMITS RCPTMAX=1 MAILMAX=1"]) as server:
+        async with to(server.address) as sink:
+            assert states(await carry(sink, message("b@y.example", "c@y.example", "d@y.example"))) == ["delivered"] * 3
+        assert server.connections == 3
+        assert [taken.recipients for taken in server.wait(3)] == [["<b@y.example>"], ["<c@y.example>"], ["<d@y.example>"]]
+
+
+@on_both_loops
 async def test_an_idle_connection_says_goodbye() -> None:
     async with Rogue(good) as server, to(server.address, timeout=0.2, idle=0.05) as sink:
         await carry(sink)
@@ -996,6 +1005,57 @@ async def test_closing_does_not_wait_for_an_upstream_that_reads_nothing(large: P
             done = begin(sink, message(content=large))
             await asyncio.sleep(0.1)
         assert states(done.result()) == ["deferred"]
+        for task in server.tasks:
+            task.cancel()
+
+
+@on_both_loops
+async def test_closing_while_a_connection_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(connection: relay.Connection) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(relay, "_open", never)
+    async with to("127.0.0.1:25") as sink:
+        done = begin(sink, message())
+        await asyncio.sleep(0.01)
+        await sink.close()
+        assert states(done.result()) == ["deferred"]
+
+
+@on_both_loops
+async def test_a_fault_of_ours_is_told_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(connection: relay.Connection) -> None:
+        raise RuntimeError("ours")
+
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    monkeypatch.setattr(relay, "_open", broken)
+    async with to("127.0.0.1:25") as sink:
+        (outcome,) = await carry(sink)
+        assert (outcome.state, str(outcome.reply)) == ("deferred", "451 4.3.0 internal fault in the sink")
+    assert [str(context["exception"]) for context in told] == ["ours"]
+
+
+@on_both_loops
+async def test_what_is_still_in_the_buffer_of_a_closed_connection_is_dropped_in_time(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuses_and_reads_no_more(peer: Peer) -> None:
+        await peer.hello("PIPELINING")
+        await peer.envelope()
+        await peer.hear("DATA")
+        peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await peer.say("354 go")
+        await asyncio.sleep(0.1)
+        await peer.say("552 5.3.4 too much")
+        await asyncio.sleep(60)
+
+    huge = large.with_name("huge")
+    huge.write_bytes(b"x" * 78 + b"\r\n" + b"".join([b"y" * 78 + b"\r\n"] * 200_000))
+    monkeypatch.setattr(relay, "LINGER", 0.1)
+    async with Rogue(refuses_and_reads_no_more) as server:
+        async with to(server.address, timeout=2.0) as sink:
+            assert states(await carry(sink, message(content=huge))) == ["failed"]
+            assert sink._connections
+            await until(lambda: not sink._connections)
         for task in server.tasks:
             task.cancel()
 
