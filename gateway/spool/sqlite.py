@@ -33,6 +33,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -119,6 +120,8 @@ class SqliteSpool:
         self.fatal: str | None = None
         self.on_fatal = on_fatal
         self.minimum_free = minimum_free
+        #: After ``close``: what stays, as ``counts`` tells it.
+        self.left: Mapping[tuple[str, str], tuple[int, float]] = {}
         self._observer = observer
         self._files = files or Files()
         self._engine = Engine(self.folder, vfs, self._files)
@@ -181,6 +184,8 @@ class SqliteSpool:
         await self._idle
         if self._contents is not None:
             await self._contents.close()
+        with suppress(SpoolError):
+            self.left = await self._call(self._engine.counts)
         await self._call(self._engine.close)
         self._writer.stop()
         self._writer = None
