@@ -473,9 +473,8 @@ class Gateway:
             if part is not None:
                 await self._safely(part.close())
         if self._spool is not None:
-            with suppress(SpoolError):
-                left = sum(rows for rows, _ in (await self._spool.counts()).values())
             await self._safely(self._spool.close())
+            left = sum(rows for rows, _ in self._spool.left.values())
         for sock in self._sockets:
             sock.close()
         kept = self._put_away(left)
