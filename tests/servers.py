@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -538,14 +539,16 @@ class Client:
         self._socket.close()
 
 
+_TRACE = re.compile(
+    rb"(?:Return-Path:[^\r\n]*\r\n)?Received:.*?[A-Z][a-z]{2}, \d\d? [A-Z][a-z]{2} \d{4} [\d:]{8} [+-]\d{4}(?: \(\w+\))?\r\n", re.DOTALL
+)
+
+
 def without_trace(octets: bytes) -> bytes:
-    """What is below the header fields we add: ``Return-Path`` and one ``Received`` at the top."""
-    for name in (b"Return-Path:", b"Received:"):
-        if octets.startswith(name):
-            _, _, octets = octets.partition(b"\r\n")
-            while octets.startswith((b" ", b"\t")):
-                _, _, octets = octets.partition(b"\r\n")
-    return octets
+    """What is below the topmost ``Received`` (it ends with its date: the content may begin with
+    a line that looks like its continuation)."""
+    match = _TRACE.match(octets)
+    return octets[match.end() :] if match else octets
 
 
 # --------------------------------------------------------------------- peers
