@@ -51,6 +51,11 @@ class Try(Delivery):
         return await asyncio.wait_for(self.future, 20)
 
 
+def untried(message: Message, id: str = "") -> Delivery:
+    """A delivery to make payloads of; nobody waits for it."""
+    return Delivery(id or message.id, message, message.envelope.recipients, "app", 1, lambda *_: None)
+
+
 async def carried(sink: Sink, message: Message, id: str = "") -> Outcome:
     """What a sink makes of one message: the same for every recipient."""
     one = Try(message, id=id)

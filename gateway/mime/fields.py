@@ -126,6 +126,10 @@ def parameters(value: str, problems: Problems, where: str) -> tuple[str, dict[st
     sectioned: dict[str, dict[int, tuple[bool, str]]] = {}
     at, count = 0, 0
     while at < len(rest):
+        count += 1
+        if count > PARAMETER_LIMIT:
+            problems.note(f"{where}: over {PARAMETER_LIMIT} parameters, the rest is left out")
+            break
         match = _PARAMETER.match(rest, at)
         if match is None:
             # Not "name=value": go on behind the next semicolon.
@@ -134,10 +138,6 @@ def parameters(value: str, problems: Problems, where: str) -> tuple[str, dict[st
                 break
             continue
         at = match.end()
-        count += 1
-        if count > PARAMETER_LIMIT:
-            problems.note(f"{where}: over {PARAMETER_LIMIT} parameters, the rest is left out")
-            break
         given = match[2]
         if given is None:
             continue
@@ -182,16 +182,18 @@ def _percent_to_quoted(raw: bytes) -> bytes:
 
 # ------------------------------------------------------------------ mailboxes
 
-_TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)
-      | (?P<quoted>"[^"\\]*(?:\\.[^"\\]*)*")
-      | (?P<literal>\[[^\[\]<>,;]*\])
-      | (?P<special>[<>,;:()@])
-      | (?P<word>=\?[^?\s]{1,60}\?[bBqQ]\?[^?\s]*\?=)
-      | (?P<text>[^ \t\r\n"<>,;:()@\[]+)
-      | (?P<other>.)""",
-    re.VERBOSE | re.DOTALL,
+_QUOTED = r'(?P<quoted>"[^"\\]*(?:\\.[^"\\]*)*")|'
+_TOKENS = (
+    r"(?P<space>[ \t\r\n]+)"
+    r"|(?P<literal>\[[^\[\]<>,;]*\])"
+    r"|(?P<special>[<>,;:()@])"
+    r"|(?P<word>=\?[^?\s]{1,60}\?[bBqQ]\?[^?\s]*\?=)"
+    r'|(?P<text>[^ \t\r\n"<>,;:()@\[]+)'
+    r"|(?P<other>.)"
 )
+_TOKEN = re.compile(_QUOTED + _TOKENS, re.DOTALL)
+#: Behind a quote that nothing closes no other is closed: looking again would cost its length each time.
+_TOKEN_WITHOUT_QUOTES = re.compile(_TOKENS, re.DOTALL)
 #: A whole mailbox of the usual kinds, its comma included: "name" <address>, name <address>, address.
 _USUAL = re.compile(
     r"""[ ]*(?:(?:"([^"\\]*)"[ ]*|([^"\\<>,;:()@\[\]\t\r\n]*))<([^\s"\\<>,;:()@\[\]]+@[^\s"\\<>,;:()@\[\]]+)>"""
@@ -227,7 +229,9 @@ class _Reading:
         self.begin()
         grouped = closed = False
         fresh = True  # a mailbox may begin here
-        at = 0
+        pattern = _TOKEN
+        commented = True
+        at = following = 0
         while at < len(text):
             if self.tokens > TOKEN_LIMIT:
                 self.problems.note(f"{self.where}: over {TOKEN_LIMIT} tokens, the rest is left out")
@@ -242,12 +246,19 @@ class _Reading:
                 continue
             fresh = False
             self.tokens += 1
-            match = _TOKEN.match(text, at)
+            match = pattern.match(text, at)
             assert match is not None  # `other` takes any character
             kind, token = match.lastgroup, match[0]
+            if token == '"':
+                pattern = _TOKEN_WITHOUT_QUOTES
             at = match.end()
-            if token == "(":
-                comment, at = self._comment(text, at)
+            comment = None
+            if token == "(" and commented:
+                comment, following = self._comment(text, at)
+                # Without an end it is no comment, and what follows is not looked at as one.
+                commented = comment is not None
+            if comment is not None:
+                at = following
                 self.comments.append(comment)
                 if self.angle is None:
                     self.phrase.append((False, " "))
@@ -287,13 +298,14 @@ class _Reading:
         self.finish()
         return True
 
-    def _comment(self, text: str, at: int) -> tuple[str, int]:
-        """The comment whose "(" was read, and where the text goes on."""
+    def _comment(self, text: str, at: int) -> tuple[str | None, int]:
+        """The comment whose "(" was read, and where the text goes on; None if it has no end."""
         start, depth = at, 1
         for match in _COMMENT.finditer(text, at):
             self.tokens += 1
             if self.tokens > TOKEN_LIMIT:
-                break
+                # The reader of tokens says so.
+                return text[start : match.start()], match.end()
             if match[0] == "(":
                 depth += 1
                 if depth > NESTING_LIMIT:
@@ -304,7 +316,7 @@ class _Reading:
                 if not depth:
                     return _UNQUOTED.sub(r"\1", text[start : match.start()]), match.end()
         self.problems.note(f"{self.where}: a comment without its end")
-        return text[start:], len(text)
+        return None, start
 
     def finish(self) -> None:
         """A mailbox ends here."""

@@ -309,15 +309,17 @@ class _Body:
         leaf, self.leaf = self.leaf, None
         if leaf is None:
             return
-        octets = self.content[leaf.body : max(leaf.body, end)]
+        end = max(leaf.body, end)
         encoded = leaf.encoding
         where = leaf.content_type
         if encoded == "base64":
-            octets = base64_octets(octets, self.problems, where)
-        elif encoded == "quoted-printable":
-            octets = quoted_printable_octets(octets, self.problems, where)
-        elif encoded not in ("", "7bit", "8bit", "binary"):
-            self.problems.note(f"{where}: unknown transfer encoding {encoded!r:.60}, left as it was")
+            octets = base64_octets(self.content, self.problems, where, leaf.body, end)
+        else:
+            octets = self.content[leaf.body : end]
+            if encoded == "quoted-printable":
+                octets = quoted_printable_octets(octets, self.problems, where)
+            elif encoded not in ("", "7bit", "8bit", "binary"):
+                self.problems.note(f"{where}: unknown transfer encoding {encoded!r:.60}, left as it was")
         parsed = self.parsed
         if leaf.disposition != "attachment":
             if leaf.content_type == "text/plain" and parsed.text is None:

@@ -21,6 +21,8 @@ from itertools import islice
 
 #: Problems told of one message, and characters of each.
 PROBLEMS, PROBLEM_LENGTH = 50, 200
+#: Encoded words of one text.
+WORD_LIMIT = 10_000
 #: Broken escapes after which quoted-printable is taken to be something else.
 BROKEN_ESCAPES = 1000
 
@@ -189,7 +191,9 @@ def decode_words(text: str, problems: Problems, where: str) -> str:
         run.clear()
         run_end = -1
 
-    while at >= 0:
+    for _ in range(WORD_LIMIT):
+        if at < 0:
+            break
         match = _WORD.match(text, at)
         if match is None:
             at = text.find("=?", at + 2)
@@ -215,6 +219,8 @@ def decode_words(text: str, problems: Problems, where: str) -> str:
         run += octets
         done = run_end = end + 2
         at = text.find("=?", done)
+    else:
+        problems.note(f"{where}: over {WORD_LIMIT} encoded words, the rest is left as it was")
     close()
     pieces.append(text[done:])
     return "".join(pieces)
@@ -255,16 +261,22 @@ def quoted_printable_octets(octets: bytes, problems: Problems, where: str) -> by
     return binascii.a2b_qp(fixed)
 
 
-def base64_octets(octets: bytes, problems: Problems, where: str) -> bytes:
-    """RFC 2045 §6.8. Foreign octets are read over; padding ends it; missing padding is no loss."""
+def base64_octets(octets: bytes, problems: Problems, where: str, start: int = 0, end: int | None = None) -> bytes:
+    """RFC 2045 §6.8. Foreign octets are read over; padding ends it; missing padding is no loss.
+
+    Only what lies between ``start`` and ``end`` counts: large contents are not copied for it."""
+    end = len(octets) if end is None else end
     # Nearly all of it is clean: then the lengths fit, and nothing has to be looked over.
     try:
-        decoded = _decoded(octets)
+        decoded = _decoded(octets, start, end)
     except ValueError:
         pass
     else:
-        if len(octets) - octets.count(b"\r") - octets.count(b"\n") == 4 * ((len(decoded) + 2) // 3):
+        line_ends = octets.count(b"\r", start, end) + octets.count(b"\n", start, end)
+        pad = octets.find(b"=", start, end)
+        if end - start - line_ends == 4 * ((len(decoded) + 2) // 3) and (pad < 0 or pad >= end - 6):
             return decoded
+    octets = octets[start:end]
     clean = octets.translate(None, b"\r\n\t ")
     if clean.translate(None, _NOT_BASE64) != clean:
         problems.note(f"{where}: octets that are not base64, read over")
@@ -277,22 +289,21 @@ def base64_octets(octets: bytes, problems: Problems, where: str) -> bytes:
     if short == 1 or pads < -len(body) % 4:
         problems.note(f"{where}: base64 ends early")
     body = body[:-1] if short == 1 else body + b"=" * (-len(body) % 4)
-    return _decoded(body)
+    return _decoded(body, 0, len(body))
 
 
-def _decoded(octets: bytes) -> bytes:
+def _decoded(octets: bytes, start: int, end: int) -> bytes:
     """Base64 in pieces, so that no single call holds up other threads. Raises ValueError where a
     piece is not whole."""
-    size = len(octets)
-    if size <= _PIECE:
-        return binascii.a2b_base64(octets)
+    view = memoryview(octets)
+    if end - start <= _PIECE:
+        return binascii.a2b_base64(view[start:end])
     pieces: list[bytes] = []
-    at = 0
-    while at < size:
-        end = at + _PIECE
-        if end < size:
-            newline = octets.find(b"\n", end, end + 1000)
-            end = newline + 1 if newline >= 0 else end
-        pieces.append(binascii.a2b_base64(octets[at:end]))
-        at = end
+    while start < end:
+        cut = start + _PIECE
+        if cut < end:
+            newline = octets.find(b"\n", cut, min(cut + 1000, end))
+            cut = newline + 1 if newline >= 0 else cut
+        pieces.append(binascii.a2b_base64(view[start : min(cut, end)]))
+        start = cut
     return b"".join(pieces)

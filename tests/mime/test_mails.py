@@ -20,7 +20,7 @@ from gateway.mime import parse
 from gateway.mime.formats.standard import body
 from gateway.mime.parts import take_apart
 
-from ..deliveries import Try, mail
+from ..deliveries import mail, untried
 
 MAILS = sorted((Path(__file__).parent / "mails").glob("*.eml"))
 NOTHING: dict[str, Any] = {
@@ -40,12 +40,12 @@ NOTHING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("path", MAILS, ids=lambda path: path.stem)
-async def test_mail(path: Path) -> None:
+def test_mail(path: Path) -> None:
     octets = path.read_bytes()
     wanted = json.loads(path.with_suffix(".json").read_text())
     parsed = take_apart(octets)
     assert parse(octets) == parsed
-    data = json.loads(b"".join(body(Try(mail(octets)), 0.0, parsed)))["data"]
+    data = json.loads(b"".join(body(untried(mail(octets)), 0.0, parsed)))["data"]
     for key, nothing in NOTHING.items():
         if key != "attachments":
             assert data[key] == wanted.get(key, nothing), key
