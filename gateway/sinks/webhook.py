@@ -106,11 +106,10 @@ class WebhookSink(AsyncSink):
 
     def _judged(self, answer: Answer) -> Outcome:
         status = answer.status
-        text = f"HTTP {status}"
-        said = _said(answer)
         if 200 <= status <= 299:
-            return Outcome("delivered", Reply(250, "2.0.0", text), self._remote)
-        text = f"{text}: {said}" if said else text
+            return Outcome("delivered", Reply.ok(f"HTTP {status}"), self._remote)
+        said = _said(answer)
+        text = f"HTTP {status}: {said}" if said else f"HTTP {status}"
         if status in FAILED:
             return Outcome("failed", Reply.untrusted(552 if status == 413 else 554, f"{FAILED[status]} {text}"), self._remote)
         return Outcome(

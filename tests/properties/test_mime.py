@@ -94,7 +94,7 @@ PIECES = [
     b"inline",
 ]
 OCTETS = st.one_of(st.binary(max_size=200), st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=6)), max_size=60).map(b"".join))
-TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",), max_codepoint=0x1FFFF), max_size=60)
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], max_codepoint=0x1FFFF), max_size=60)
 #: Text that a header field can hold as it is written: no controls, no blanks at its ends or in a row.
 LINE = TEXT.map(lambda text: " ".join("".join(character for character in text if character.isprintable()).split()))
 
@@ -176,10 +176,7 @@ def test_encoded_words_cut_anywhere(text: str, charset: str, encoding: str, size
     words = []
     for at in range(0, len(octets), size):
         piece = octets[at : at + size]
-        if encoding in "bB":
-            payload = base64.b64encode(piece).decode()
-        else:
-            payload = "".join(f"={octet:02X}" for octet in piece)
+        payload = base64.b64encode(piece).decode() if encoding in "bB" else "".join(f"={octet:02X}" for octet in piece)
         words.append(f"=?{charset}?{encoding}?{payload}?=")
     assert decode_words(" ".join(words), Problems(), "x") == text
 
