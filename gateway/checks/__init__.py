@@ -8,7 +8,6 @@ group ``gateway.checks``.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +24,9 @@ def make_check(name: str, config: CheckConfig) -> Check:
         module, _, kind = CHECKS[config.type].partition(":")
         check: Check = getattr(import_module(module, __name__), kind)(name, config)
         return check
+    # Slow to import, and few have any.
+    from importlib.metadata import entry_points
+
     for point in entry_points(group="gateway.checks", name=config.type):
         foreign: Check = point.load()(name, config)
         return foreign

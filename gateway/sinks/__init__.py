@@ -8,7 +8,6 @@ the group ``gateway.sinks``.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,6 +33,9 @@ def make_sink(name: str, config: SinkConfig, hostname: str) -> Sink:
         module, _, kind = SINKS[config.type].partition(":")
         sink: Sink = getattr(import_module(module, __name__), kind)(name, config, hostname)
         return sink
+    # Slow to import, and few have any.
+    from importlib.metadata import entry_points
+
     for point in entry_points(group="gateway.sinks", name=config.type):
         foreign: Sink = point.load()(name, config, hostname)
         return foreign

@@ -36,7 +36,9 @@ def test_every_type_of_the_configuration_has_its_sink() -> None:
 
 def test_other_packages_bring_sinks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("carrier", "gateway.sinks.discard:DiscardSink", "gateway.sinks")
-    monkeypatch.setattr("gateway.sinks.entry_points", lambda group, name: [point] if (group, name) == ("gateway.sinks", "carrier") else [])
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group, name: [point] if (group, name) == ("gateway.sinks", "carrier") else []
+    )
     sink = make_sink("pigeon", PluginSinkConfig.model_validate({"type": "carrier"}), "mx.example.net")
     assert isinstance(sink, DiscardSink)
     with pytest.raises(LookupError, match="sink pigeon: no package offers the type 'raven'"):
