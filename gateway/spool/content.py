@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ..contracts import SpoolError
 from .files import Files
 
 #: Octets per read when a file is checked.
@@ -142,6 +143,7 @@ class Contents:
         self.files = files
         self._loop = loop
         self._coming: dict[str, SpoolFile] = {}
+        self._closed = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="spool-file")
 
     def new(self, name: str) -> SpoolFile:
@@ -164,6 +166,9 @@ class Contents:
                 error = future.exception()
                 done(None if error else future.result(), error if isinstance(error, Exception) else None)
 
+        if self._closed:
+            self._loop.call_soon(done, None, SpoolError("the spool is closed", known=True))
+            return
         self._loop.run_in_executor(self._threads, work).add_done_callback(finished)
 
     def remove(self, names: list[str]) -> None:
@@ -198,6 +203,7 @@ class Contents:
 
     async def close(self) -> None:
         """Waits for the threads; files that no row names stay for the next start to remove."""
+        self._closed = True
         await asyncio.to_thread(self._threads.shutdown)
 
 

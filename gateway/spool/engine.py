@@ -25,6 +25,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, cast
 
 import apsw
@@ -39,9 +40,11 @@ from .records import (
     CONTENT_SUM,
     FIRST_SPLIT,
     MESSAGE_COLUMNS,
+    MESSAGE_READ,
     MESSAGE_WIDTH,
     NUMBERS,
     PENDING_COLUMNS,
+    PENDING_READ,
     PENDING_WIDTH,
     SCHEMA,
     SHIFT,
@@ -51,6 +54,7 @@ from .records import (
     DamagedError,
     Snapshot,
     Value,
+    text,
     unpack_message,
     unpack_pending,
 )
@@ -67,8 +71,8 @@ FREE_PAGES_AT_REST = 1024
 VACUUM_STEP = 32
 VACUUM_STEP_AT_REST = 1024
 
-#: A database up to this many octets is checked whole when it is opened; of a larger one only
-#: the indexes are walked, so that a restart never waits for gigabytes.
+#: A database up to this many octets is checked whole when it is opened; a larger one only as
+#: it is read, so that a restart never waits for gigabytes.
 CHECK_LIMIT = 64 * 2**20
 
 #: Rows per statement; each number is one prepared statement.
@@ -170,16 +174,16 @@ FROM (VALUES {_rows(PENDING_WIDTH, size)}) AS v WHERE pendings.key = v.column1""
 }
 
 _KEYS = "(SELECT value FROM json_each(?))"
-_TALLY = f"SELECT sink, state, count(*), min(key) FROM pendings WHERE key IN {_KEYS} GROUP BY sink, state"
+_TALLY = f"SELECT CAST(sink AS BLOB), CAST(state AS BLOB), count(*), min(key) FROM pendings WHERE key IN {_KEYS} GROUP BY sink, state"
+_SURVEY = "SELECT CAST(sink AS BLOB), CAST(state AS BLOB), count(*), min(key) FROM pendings GROUP BY sink, state"
 _DELETE_PENDINGS = f"DELETE FROM pendings WHERE key IN {_KEYS}"
 _WITHOUT_PENDINGS = f"""key IN {_KEYS}
   AND NOT EXISTS (SELECT 1 FROM pendings WHERE key BETWEEN messages.key << {SHIFT} AND (messages.key << {SHIFT}) | {NUMBERS})"""
-_FILES_OF_SETTLED = f"SELECT file FROM messages WHERE file IS NOT NULL AND {_WITHOUT_PENDINGS}"
+_FILES_OF_SETTLED = f"SELECT CAST(file AS BLOB) FROM messages WHERE file IS NOT NULL AND {_WITHOUT_PENDINGS}"
 _DELETE_SETTLED = f"DELETE FROM messages WHERE {_WITHOUT_PENDINGS}"
 
-_PENDING = ", ".join(f"p.{column}" for column in PENDING_COLUMNS.split(", "))
 _DUE = f"""
-SELECT {_PENDING}, (SELECT id FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p
+SELECT {PENDING_READ}, (SELECT CAST(id AS BLOB) FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p
 WHERE sink = ? AND state = 'queued' AND priority = ? AND due <= ? ORDER BY due LIMIT ?"""
 _NEXT_PRIORITY = "SELECT max(priority) FROM pendings WHERE sink = ? AND state = 'queued' AND priority < ?"
 _NEXT_DUE = "SELECT min(due) FROM pendings WHERE sink = ? AND state = 'queued' AND priority = ? AND due > ?"
@@ -244,7 +248,10 @@ class Engine:
         except SpoolError:
             raise
         except (apsw.Error, OSError) as error:
-            raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}", known=True) from error
+            hint = ""
+            if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+                hint = f" (what can be read: sqlite3 {self._path} .recover; then move the folder away and start anew)"
+            raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}{hint}", known=True) from error
 
     def _take_lock(self) -> None:
         missing = []
@@ -279,12 +286,12 @@ class Engine:
         self._files.close(self._files.open(self._path, os.O_RDWR | os.O_CREAT))
         self._connect()
         self._files.fsync_dir(self.folder)
-        damage = self._check()
         try:
             self._settle()
         except apsw.Error:
             # A full disk, say: rows can be read; writing waits until this has come to pass.
             self._settled = False
+        damage = self._check()
         opened = self._survey()
         opened.damage = damage
         return opened
@@ -329,7 +336,8 @@ class Engine:
             raise SpoolError(f"{self._path} is a database, but not a spool of this program", known=True)
         if version > VERSION:
             raise SpoolError(
-                f"spool {self.folder} has schema {version}, this program knows up to {VERSION}: use the newer version that wrote it", known=True
+                f"spool {self.folder} has schema {version}, this program knows up to {VERSION}: use the newer version that wrote it",
+                known=True,
             )
         return not tables
 
@@ -342,14 +350,27 @@ class Engine:
             version += 1
 
     def _check(self) -> str | None:
-        """What is broken in the file's structure, if anything; rows are checked as they are read."""
+        """What is broken in the file, if anything; an index that does not fit its table is made
+        anew. The contents of rows are checked as they are read."""
         if self._number("PRAGMA page_count") * self._page_size > CHECK_LIMIT:
             return None
+        if not (told := self._faults()):
+            return None
+        if not self._settled:
+            return told
         try:
-            told = [str(line) for (line,) in self._at.execute("PRAGMA quick_check(10)")]
+            self._at.execute("REINDEX")
+        except apsw.Error as error:
+            return f"{told}; the indexes could not be made anew: {_words(error)}"
+        left = self._faults()
+        return f"{told}; left after the indexes were made anew: {left}" if left else f"{told}; mended: the indexes were made anew"
+
+    def _faults(self) -> str:
+        try:
+            told = [text(line) for (line,) in self._at.execute("SELECT CAST(integrity_check AS BLOB) FROM pragma_integrity_check LIMIT 10")]
         except apsw.CorruptError as error:
             told = [_words(error)]
-        return None if told == ["ok"] else "; ".join(told)
+        return "" if told == ["ok"] else "; ".join(told)
 
     def _settle(self) -> None:
         """Everything in the WAL is in the database, synced, and the WAL is empty."""
@@ -359,10 +380,19 @@ class Engine:
 
     def _survey(self) -> Opened:
         self._tally.clear()
-        for sink, state, count, first in self._at.execute("SELECT sink, state, count(*), min(key) FROM pendings GROUP BY sink, state"):
-            self._tally[sink, state] = count
-            self._floor[sink, state] = first
-        kept = {name for (name,) in self._at.execute("SELECT file FROM messages WHERE file IS NOT NULL")}
+        for sink, state, count, first in cast("list[tuple[bytes, bytes, int, int]]", self._at.execute(_SURVEY).fetchall()):
+            place = (text(sink), text(state))
+            if self._settled and (state not in (b"queued", b"held", b"dead") or place[0].encode() != sink):
+                # Nobody would ever ask for these rows again.
+                self._at.execute(
+                    "UPDATE pendings SET sink = ?, state = 'held', person = 1, note = 'damaged: its sink or state was lost'"
+                    " WHERE CAST(sink AS BLOB) = ? AND CAST(state AS BLOB) = ?",
+                    (place[0], sink, state),
+                )
+                place = (place[0], "held")
+            self._tally[place] = self._tally.get(place, 0) + count
+            self._floor[place] = min(first, self._floor.get(place, first))
+        kept = {text(name) for (name,) in self._at.execute("SELECT CAST(file AS BLOB) FROM messages WHERE file IS NOT NULL")}
         self._file_count = len(kept)
         orphans = 0
         for name in self._files.names(self.contents):
@@ -420,7 +450,7 @@ class Engine:
         execute = self._at.execute
         for size in SIZES:
             while count - at >= size:
-                execute(statements[size], [value for row in rows[at : at + size] for value in row])
+                execute(statements[size], list(chain.from_iterable(rows[at : at + size])))
                 at += size
 
     # ------------------------------------------------------------------------------- writing
@@ -494,7 +524,7 @@ class Engine:
         """Delete the messages that have lost their last row."""
         messages = (orjson.dumps(list({key >> SHIFT for key in gone})).decode(),)
         if self._file_count:
-            files.extend(name for (name,) in self._at.execute(_FILES_OF_SETTLED, messages))
+            files.extend(text(name) for (name,) in self._at.execute(_FILES_OF_SETTLED, messages))
         self._at.execute(_DELETE_SETTLED, messages)
 
     def _split(self, entry: Entry, delta: list[tuple[str, str, int, int]]) -> None:
@@ -517,8 +547,8 @@ class Engine:
 
     def _tallied(self, keys: str, sign: int) -> list[tuple[str, str, int, int]]:
         """How these rows (a JSON list of keys) count: ``(sink, state, rows, lowest key)``."""
-        found = cast("list[tuple[str, str, int, int]]", self._at.execute(_TALLY, (keys,)).fetchall())
-        return [(sink, state, sign * count, key) for sink, state, count, key in found]
+        found = cast("list[tuple[bytes, bytes, int, int]]", self._at.execute(_TALLY, (keys,)).fetchall())
+        return [(text(sink), text(state), sign * count, key) for sink, state, count, key in found]
 
     def _count(self, delta: Iterable[tuple[str, str, int, int]]) -> None:
         for sink, state, change, key in delta:
@@ -673,7 +703,7 @@ class Engine:
                     damaged.append((key, "its message is missing"))
                     continue
                 try:
-                    found.append(unpack_pending(tuple(row), cast(str, message_id)))
+                    found.append(unpack_pending(tuple(row), text(message_id)))
                 except DamagedError as error:
                     damaged.append((key, str(error)))
         for key, why in damaged:
@@ -716,7 +746,7 @@ class Engine:
         found: dict[int, Loaded] = {}
         for key in keys:
             try:
-                rows = self._at.execute(f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE key = ?", (key,)).fetchall()
+                rows = self._at.execute(f"SELECT {MESSAGE_READ} FROM messages WHERE key = ?", (key,)).fetchall()
                 if rows:
                     row = cast(Columns, rows[0])
                     found[key] = Loaded(unpack_message(row, self.contents), cast(int, row[CONTENT_SUM]))
@@ -768,7 +798,7 @@ class Engine:
 
     def select(
         self, sink: str | None, state: str | None, ids: Sequence[str] | None, after: int, limit: int
-    ) -> list[tuple[int, Columns, str | None, bytes, int]]:
+    ) -> list[tuple[int, Columns, str, bytes, int]]:
         """Rows in the order of arrival from key ``after`` on:
         ``(key, pending, message id, meta, size)``."""
         terms, bindings = ["p.key > ?"], cast("list[Value]", [after])
@@ -791,13 +821,15 @@ class Engine:
         few = sum(count for (a, b), count in self._tally.items() if sink in (None, a) and state in (None, b)) < 10 * BATCH
         indexed = "" if few or ids is not None else "NOT INDEXED"
         rows = self._at.execute(
-            f"SELECT {_PENDING}, m.id, m.meta, m.size FROM pendings AS p {indexed} LEFT JOIN messages AS m ON m.key = p.key >> {SHIFT}"
+            f"SELECT {PENDING_READ}, CAST(m.id AS BLOB), m.meta, m.size FROM pendings AS p {indexed} LEFT JOIN messages AS m ON m.key = p.key >> {SHIFT}"
             f" WHERE {' AND '.join(terms)} ORDER BY p.key LIMIT ?",
             (*bindings, limit),
         ).fetchall()
-        return [
-            (cast(int, row[0]), cast(Columns, row[:PENDING_WIDTH]), *cast("tuple[str, bytes, int]", row[PENDING_WIDTH:])) for row in rows
-        ]
+        result = []
+        for row in rows:
+            message_id, meta, size = cast("tuple[bytes | None, bytes, int]", row[PENDING_WIDTH:])
+            result.append((cast(int, row[0]), cast(Columns, row[:PENDING_WIDTH]), text(message_id), meta, size))
+        return result
 
     def _find(self, id: str) -> list[tuple[int, int]]:
         """Message keys for a message id ``(key, 0)`` or a delivery id ``(key, part)``."""
@@ -813,19 +845,18 @@ class Engine:
         result = []
         for _, pending, id, meta, size in self.select(sink, state, None if message_id is None else [message_id], 0, limit):
             try:
-                row = unpack_pending(pending, id or "")
+                row = unpack_pending(pending, id)
                 told: dict[str, Any] = orjson.loads(meta)
-                envelope = told["envelope"]
-                addresses = [envelope["recipients"][number]["address"] for number in row.recipients]
-                mail_from, received_at = envelope["mail_from"], told["received_at"]
+                addresses = [told["recipients"][number][0] for number in row.recipients]
+                mail_from, received_at = told["mail_from"], told["received_at"]
             except (DamagedError, ValueError, TypeError, KeyError, IndexError):
                 addresses, mail_from, received_at = [], "", 0.0
-                row = Pending(id or "", cast(str, pending[1]), (), cast(float, pending[4]), cast(float, pending[5]))
-                row.state, row.note = cast(Any, pending[2]), cast(str, pending[11])
+                row = Pending(id, text(pending[1]), (), cast(float, pending[4]), cast(float, pending[5]))
+                row.state, row.note = cast(Any, text(pending[2])), text(pending[11])
             result.append(
                 Listed(
                     row.delivery_id,
-                    id or "",
+                    id,
                     row.sink,
                     row.state,
                     addresses,
@@ -846,7 +877,7 @@ class Engine:
         """One batch: ``(rows changed, key to go on after or 0, content files that are gone)``."""
         reach = {"retry": ("queued", "held", "dead"), "hold": ("queued",), "release": ("held",), "drop": ("queued", "held", "dead")}[action]
         rows = self.select(sink, state, ids, after, BATCH)
-        keys = [key for key, pending, *_ in rows if pending[2] in reach]
+        keys = [key for key, pending, *_ in rows if text(pending[2]) in reach]
         delta: list[tuple[str, str, int, int]] = []
         files: list[str] = []
 

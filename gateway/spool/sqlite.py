@@ -141,7 +141,10 @@ class SqliteSpool:
         self._watch_timer: asyncio.TimerHandle | None = None
         self._trouble: str | None = None
         self._shortage: str | None = None
+        # Groups since the last look; something was written since the last tidying.
+        self._groups = 0
         self._used = False
+        self._told_down = False
         self._closing = False
         self._idle: asyncio.Future[None] | None = None
         self._loads: dict[int, list[asyncio.Future[Message | None]]] = {}
@@ -162,7 +165,7 @@ class SqliteSpool:
         self._contents = Contents(self._engine.contents, self._files, self._loop)
         self._next_key = opened.next_key
         if opened.damage:
-            self._observer.event("bug", message=f"spool {self.folder} is damaged: {opened.damage}", traceback="")
+            self._observer.event("damaged", folder=self.folder, reason=opened.damage)
         if opened.messages or opened.orphans:
             self._observer.event("recovered", messages=opened.messages, orphans=opened.orphans)
         self._look_at_room(await asyncio.to_thread(self._shortage_now))
@@ -340,6 +343,7 @@ class SqliteSpool:
             self._rest()
             return
         self._busy = self._used = True
+        self._groups += 1
         engine, loop = self._engine, self._here
         entries = [part.entry for part in parts]
 
@@ -579,6 +583,7 @@ class SqliteSpool:
         if self.fatal is not None:
             return
         self.fatal = reason
+        self._told_down = True
         self._observer.event("spool_down", reason=reason, fatal=True)
         error = SpoolError(reason, known=True)
         # These were never written: that is known.
@@ -593,16 +598,22 @@ class SqliteSpool:
             self._here.call_soon(self._safely, self.on_fatal, reason)
 
     def _set_trouble(self, reason: str) -> None:
-        if self.fatal is not None:
-            return
-        if self._trouble is None:
-            self._observer.event("spool_down", reason=reason, fatal=False)
-        self._trouble = reason
+        if self.fatal is None:
+            self._trouble = reason
+            self._tell_health()
 
     def _clear_trouble(self) -> None:
         self._trouble = None
-        self._observer.event("spool_up")
+        self._tell_health()
         self._wake()
+
+    def _tell_health(self) -> None:
+        reason = self.unhealthy
+        if reason is not None and not self._told_down:
+            self._observer.event("spool_down", reason=reason, fatal=False)
+        elif reason is None and self._told_down:
+            self._observer.event("spool_up")
+        self._told_down = reason is not None
 
     def _watch(self) -> None:
         """Every second: room on the disk; a probe after a failure; tidying after work."""
@@ -610,11 +621,12 @@ class SqliteSpool:
             return
         self._watch_timer = self._here.call_later(_WATCH, self._watch)
         self._contents.run(self._shortage_now, self._room_told)
+        groups, self._groups = self._groups, 0
         if self._busy:
             return
         if self._trouble is not None:
             self._job(self._engine.probe, self._probed)
-        elif self._used:
+        elif self._used and not groups:
             self._used = False
             self._job(self._engine.tidy, self._tidied)
 
@@ -655,11 +667,8 @@ class SqliteSpool:
         self._look_at_room(shortage if error is None else str(error))
 
     def _look_at_room(self, shortage: str | None) -> None:
-        if shortage is not None and self._shortage is None:
-            self._observer.event("spool_down", reason=shortage, fatal=False)
-        elif shortage is None and self._shortage is not None:
-            self._observer.event("spool_up")
         self._shortage = shortage
+        self._tell_health()
 
     # ---------------------------------------------------------------------------------- reads
 

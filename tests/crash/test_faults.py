@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,17 +58,6 @@ def disk() -> Iterator[Disk]:
     made = new_disk()
     yield made
     made.vfs.unregister()
-
-
-@pytest.fixture
-def quick_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible: what is asked here is what is called, not what a disk does."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
 
 
 def new_disk(**plan: Any) -> Disk:
