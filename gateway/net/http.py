@@ -92,7 +92,10 @@ class _Pyreqwest:
     def __init__(self, connections: int) -> None:
         from pyreqwest.client import ClientBuilder
         from pyreqwest.exceptions import PyreqwestError
+        from pyreqwest.http import Url
 
+        self._parse_url = Url
+        self._url = ("", Url("http://localhost/"))
         self._fault = PyreqwestError
         self._gate = asyncio.Semaphore(connections)
         builder = ClientBuilder().http1_only().http1_lower_case_headers().follow_redirects(False).referer(False).no_proxy()
@@ -112,7 +115,10 @@ class _Pyreqwest:
             raise HttpFault("no answer in time", late=True) from None
 
     async def _exchange(self, url: str, headers: Headers, body: Body) -> Answer:
-        request = self._client.post(url).headers(headers)
+        if self._url[0] != url:
+            # A client is asked for the same URL nearly always, and taking it apart is not cheap.
+            self._url = (url, self._parse_url(url))
+        request = self._client.post(self._url[1]).headers(headers)
         request = request.body_bytes(body) if isinstance(body, bytes) else request.body_stream(body)
         async with request.build_streamed() as response:
             reader = response.body_reader
