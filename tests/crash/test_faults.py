@@ -310,6 +310,8 @@ async def test_too_little_room_is_unhealthy_until_there_is_more(tmp_path: Path, 
     await until(lambda: spool.unhealthy is None)
     fail(disk, "statvfs", count=10**9)
     await until(lambda: "cannot be asked" in (spool.unhealthy or ""))
+    health = [name for name, _ in disk.events.all if name.startswith("spool_")]
+    assert health == ["spool_down", "spool_up"] * (len(health) // 2) + ["spool_down"], "told once for each turn"
     await spool.close()
 
 
