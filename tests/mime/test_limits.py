@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from gateway.mime import parse
 from gateway.mime.fields import FIELD_LIMIT, HEADER_LIMIT, NESTING_LIMIT, SEGMENT_LIMIT, TOKEN_LIMIT
 from gateway.mime.formats.standard import body
 from gateway.mime.parts import BOUNDARY_LIMIT, DEPTH_LIMIT, PART_FIELDS, PART_LIMIT, Parsed, take_apart
@@ -170,3 +171,17 @@ def test_no_codec_is_used_that_is_no_charset(name: str) -> None:
     parsed = take_apart(b"Content-Type: text/plain; charset=" + name.encode() + b"\r\n\r\nxn--mnchen-3ya \\u0041 \xc3\xbc\r\n")
     assert parsed.text == "xn--mnchen-3ya \\u0041 ü\n"
     assert parsed.problems[0].startswith("text: unknown charset")
+
+
+def test_a_fault_of_our_own_still_gives_the_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(content: bytes) -> Parsed:
+        raise RecursionError
+
+    monkeypatch.setattr("gateway.mime.parts.take_apart", breaks)
+    octets = b"Subject: x\r\n\r\nbody\r\n"
+    assert parse(octets) == Parsed(raw=octets, problems=["could not be taken apart: RecursionError"])
+
+
+def test_a_header_by_its_name() -> None:
+    parsed = take_apart(b"X-One: a\r\nx-one: b\r\n\r\n")
+    assert (parsed.header("X-ONE"), parsed.header("x-two")) == ("a", None)
