@@ -43,6 +43,8 @@ LONG_TRACE = 8000
 MOST_ITEMS = 10
 #: Values that one metric takes for its labels; what comes later is counted as ``other``.
 MOST_LABELS = 200
+#: Octets of lines that are written at once.
+WRITE_MOST = 64 * 1024
 #: Seconds the writing thread gathers lines, so that a busy gateway wakes it seldom.
 GATHER = 0.02
 
@@ -123,7 +125,9 @@ class Telemetry:
     ) -> None:
         form = {"json": self._json, "text": self._text}.get(log)
         self._form = form
-        self._writer = _Writer(fd, lambda lost: b"" if form is None else form("dropped", {"lines": lost}))
+        # What a pipe takes whole, or lines of several workers would run into one another (pipe(7)).
+        most = WRITE_MOST if worker is None else select.PIPE_BUF
+        self._writer = _Writer(fd, lambda lost: b"" if form is None else form("dropped", {"lines": lost}), most)
         self._clock = clock
         #: The millisecond that was last written, and how: one value, because two threads ask.
         self._instant = (-1, "", b"")
@@ -453,9 +457,11 @@ class _Writer:
     The descriptor is left as it is: others share it (a terminal above all), so it is never
     made non-blocking."""
 
-    def __init__(self, fd: int, lost: Callable[[int], bytes]) -> None:
-        """``lost`` makes the line that says how many were dropped."""
+    def __init__(self, fd: int, lost: Callable[[int], bytes], most: int) -> None:
+        """``lost`` makes the line that says how many were dropped. ``most``: octets that are
+        written at once, if there is more than one line."""
         self._fd = fd
+        self._most = most
         self._lost = lost
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
@@ -508,8 +514,17 @@ class _Writer:
                 if lost := self.dropped - self._told:
                     self._told += lost
                     self._write(self._lost(lost))
-                self._write(b"".join([self._lines.popleft() for _ in range(min(len(self._lines), 256))]))
+                self._write(self._next())
             self._busy = False
+
+    def _next(self) -> bytes:
+        """The next lines, as many as are written at once."""
+        taken = [self._lines.popleft()]
+        size = len(taken[0])
+        # Only this thread takes lines: the first that is there stays there.
+        while self._lines and (size := size + len(self._lines[0])) <= self._most:
+            taken.append(self._lines.popleft())
+        return b"".join(taken)
 
     def _write(self, octets: bytes) -> None:
         view = memoryview(octets)

@@ -332,6 +332,35 @@ def test_a_descriptor_that_others_made_non_blocking() -> None:
     assert out.octets() == b""
 
 
+def test_lines_of_several_workers_stay_whole() -> None:
+    """They share a pipe, and whoever reads it is slow: writes must be such as a pipe takes whole."""
+    reading, writing = os.pipe()
+    workers = [Telemetry("json", fd=writing, worker=number) for number in range(4)]
+    for number in range(1000):
+        for worker in workers:
+            worker.event("accepted", id=f"{number}" * 20, recipients=1, size=1, stored=False)
+    time.sleep(0.1)  # until the pipe is full and the writers wait
+    octets = bytearray()
+
+    def read() -> None:
+        while piece := os.read(reading, 3000):
+            octets.extend(piece)
+            time.sleep(0)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for worker in workers:
+        worker.close(10)
+    os.close(writing)
+    reader.join()
+    os.close(reading)
+    lines = [json.loads(line) for line in octets.splitlines()]
+    assert len(lines) == 4000
+    for number in range(4):
+        told = [line["id"] for line in lines if line["worker"] == number]
+        assert told == [f"{count}" * 20 for count in range(1000)]
+
+
 def test_flush_means_written() -> None:
     out = pipe()
     for number in range(50):
