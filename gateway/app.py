@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -58,6 +59,8 @@ RECOVER = 75
 WATCH = 0.25
 #: Seconds for answers that are still owed when the spool can no longer be trusted.
 LAST_ANSWERS = 1.0
+#: Room that must be free, as a multiple of the largest message.
+ROOM_FOR_A_MESSAGE = 1.5
 #: Descriptors that are not for clients: spool, sinks, log, admin.
 RESERVED_DESCRIPTORS = 256
 
@@ -274,14 +277,14 @@ class Gateway:
             self._sockets.append(admin)
         sockets = bind_all(config) if place is None else place.sockets
         self._sockets += sockets
-        reserve = config.spool.minimum_free
         shard = config.spool.path / str(0 if place is None else place.number)
-        self._spool = SqliteSpool(shard, observer=telemetry, minimum_free=reserve.share or reserve.octets, on_fatal=self._fatal)
+        self._spool = SqliteSpool(shard, observer=telemetry, on_fatal=self._fatal)
         try:
             await self._spool.open()
         except (SpoolError, OSError) as error:
             self._spool = None
             raise ConfigError([f"spool.path: {error}"]) from error
+        self._spool.minimum_free = _least_room(config, shard)
         try:
             for name, sink in config.sinks.items():
                 self._sinks[name] = make_sink(name, sink, config.hostname)
@@ -410,11 +413,11 @@ class Gateway:
         self.telemetry.event("reloaded")
 
     def _reload(self) -> None:
-        """SIGHUP: the file again. A worker waits for its supervisor's word instead."""
-        if self._place is not None:
+        """SIGHUP: the file again, if there is one. A worker waits for its supervisor's word."""
+        if self._place is not None or self._given is None:
             return
         try:
-            self.reload((self._given or self.config).reload())
+            self.reload(self._given.reload())
         except ConfigError as error:
             self.telemetry.event("reload_refused", faults=error.faults)
 
@@ -634,7 +637,20 @@ def serve(config: Config, *, log: Log = "json", config_path: str | None = None) 
 def _site() -> type[Site]:
     from .admin.http import Site
 
+    # What the first scrape needs.
+    import_module("prometheus_client.exposition")
+
     return Site
+
+
+def _least_room(config: Config, folder: Path) -> float:
+    """What must stay free on the disk: ``minimum_free``, and never less than one and a half of
+    the largest message (reference A1). A share below 1, or octets."""
+    disk = os.statvfs(folder)
+    reserve, message = config.spool.minimum_free, ROOM_FOR_A_MESSAGE * config.limits.message_size
+    if reserve.needed(disk.f_blocks * disk.f_frsize) < message:
+        return message
+    return reserve.share or reserve.octets
 
 
 def _claim_descriptors(wanted: int) -> None:

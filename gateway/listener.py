@@ -22,6 +22,7 @@ import socket
 import termios
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from ipaddress import IPv6Address, ip_address
 from itertools import count
@@ -200,6 +201,7 @@ class Listener:
         self.admission = admission
         self.connections: set[Connection] = set()
         self.session_ids = session_ids
+        self._shared = shared
         self._batch = SHARED_BATCH if shared else BATCH
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -241,6 +243,12 @@ class Listener:
 
     def drain(self, reply: Reply = SHUTTING_DOWN) -> None:
         """Take no more and let go those that are in, each at the first moment that loses nothing."""
+        if self._open and not self._shared:
+            # Who waits to be let in hears it too, instead of a reset.
+            with suppress(OSError):
+                for _ in range(BACKLOG):
+                    sock, address = self.sock.accept()
+                    self._turn_away(sock, plain(address[0]), reply)
         self.stop()
         for connection in tuple(self.connections):
             connection.stop(reply)
@@ -297,14 +305,17 @@ class Listener:
         sock.close()
 
     async def _attach(self, sock: socket.socket, client: Client) -> None:
-        connection = Connection(self, sock, client)
+        connection: Connection | None = None
         try:
-            await self.loop.connect_accepted_socket(lambda: connection, sock)
-        except (OSError, RuntimeError):
-            # Reset before we came to it.
+            made = connection = Connection(self, sock, client)
+            await self.loop.connect_accepted_socket(lambda: made, sock)
+        except BaseException as error:
             sock.close()
+            # Otherwise it was reset before we came to it, or we are closing.
+            if not isinstance(error, (OSError, RuntimeError, asyncio.CancelledError)):
+                raise
         finally:
-            if not connection.entered:
+            if connection is None or not connection.entered:
                 self.admission.leave(client.ip or "")
 
     def _attached(self, task: asyncio.Task[None]) -> None:

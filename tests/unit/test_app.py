@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import os
 import smtplib
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -413,6 +414,21 @@ async def test_no_room_is_told_before_mail(tmp_path: Path, monkeypatch: pytest.M
         told = await asyncio.to_thread(client.mail, "a@client.example")
         assert told == (452, b"4.3.1 insufficient storage, try again later")
         client.close()
+
+
+def test_the_room_that_must_be(tmp_path: Path) -> None:
+    """A1: what the operator wants free, and never less than one and a half messages."""
+    disk = os.statvfs(tmp_path)
+    total = disk.f_blocks * disk.f_frsize
+    for said, size, wanted in (
+        ("1 MiB", "10 MiB", 15 * 2**20),
+        ("100 MiB", "10 MiB", 100 * 2**20),
+        ("50%", "1 MiB", 0.5),
+        ("0%", "1 MiB", 1.5 * 2**20),
+        ("50%", f"{total} B", 1.5 * total),
+    ):
+        config = file(tmp_path, spool={"path": str(tmp_path), "minimum_free": said}, limits={"message_size": size})
+        assert module._least_room(config, tmp_path) == wanted
 
 
 @on_both_loops

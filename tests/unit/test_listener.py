@@ -708,6 +708,19 @@ async def test_a_bug_before_the_end_of_data(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @on_both_loops
+async def test_a_bug_before_anything_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(module, "ServerSession", broken)
+    async with house() as here:
+        client = await here.dial()
+        assert await client.rest() == b""
+        assert here.told.named("bug")[0]["message"] == "accepting: ZeroDivisionError('a fault of ours')"
+        await until(lambda: here.listener.admission.count == 0)
+
+
+@on_both_loops
 async def test_a_bug_after_the_end_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is not known: no word, and the mail itself goes its way."""
 
@@ -763,6 +776,15 @@ async def test_draining() -> None:
             await client.close()
         await here.empty()
         assert here.inbox.mails[0].aborted
+
+
+@on_both_loops
+async def test_whoever_waits_to_be_let_in_hears_of_the_end() -> None:
+    async with house() as here:
+        # The kernel has taken it, we have not come to it.
+        with socket.create_connection(("127.0.0.1", here.port), timeout=5) as sock:
+            here.listener.drain()
+            assert sock.recv(100) == module.SHUTTING_DOWN.wire
 
 
 @on_both_loops
