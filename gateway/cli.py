@@ -266,7 +266,7 @@ def version(as_json: bool) -> None:
     from importlib.metadata import version as installed
 
     versions = {"gateway": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for package in ("uvloop", "apsw", "orjson", "pydantic", "pyreqwest", "aiohttp", "fast-mail-parser", "prometheus-client", "click"):
+    for package in ("uvloop", "apsw", "orjson", "pydantic", "pyreqwest", "aiohttp", "prometheus-client", "click"):
         try:
             versions[package] = installed(package)
         except PackageNotFoundError:

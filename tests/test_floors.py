@@ -48,7 +48,7 @@ FORBIDDEN: dict[str, set[str]] = {
 
 #: Values of the words floor that only the standard library may touch.
 STDLIB_ONLY = {"reply", "message", "route", "contracts"}
-THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "fast_mail_parser", "pydantic", "click", "prometheus_client"}
+THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "pydantic", "click", "prometheus_client"}
 
 
 def place(module: str) -> tuple[str, tuple[int, str]]:
