@@ -12,8 +12,9 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,17 +80,28 @@ def mend(disk: Disk) -> None:
     disk.faults.first = 0
 
 
-async def after_a_crash(folder: Path) -> dict[str, str]:
+def copy_file(source: str, target: str) -> None:
+    # The files of settled messages may go while they are copied.
+    with suppress(FileNotFoundError):
+        shutil.copy(source, target)
+
+
+async def as_if_killed(spool: SqliteSpool, copy: Path) -> None:
+    """A copy of the folder as it is now: between two transactions of its writer."""
+    await spool._call(partial(shutil.copytree, spool.folder, copy, copy_function=copy_file))
+
+
+async def after_a_crash(spool: SqliteSpool) -> dict[str, str]:
     """What a process that starts now would find (``id → state``); all of it is whole."""
-    copy = folder.parent / f"{folder.name}-after-{next(_numbers)}"
-    shutil.copytree(folder, copy)
+    copy = Path(f"{spool.folder}-after-{next(_numbers)}")
+    await as_if_killed(spool, copy)
     found: dict[str, str] = {}
-    async with opened(copy) as spool:
-        for row in await spool.rows():
+    async with opened(copy) as again:
+        for row in await again.rows():
             found[row.message_id] = row.state
-        for sink, _ in await spool.counts():
-            for row_ in await spool.due(sink, 1e12, 100):
-                assert await spool.load(row_) is not None
+        for sink, _ in await again.counts():
+            for row_ in await again.due(sink, 1e12, 100):
+                assert await again.load(row_) is not None
     shutil.rmtree(copy)
     return found
 
@@ -127,7 +139,7 @@ async def test_an_error_before_the_commit_is_known(tmp_path: Path, disk: Disk, m
     assert "disk is full" in (spool.unhealthy or "")
     await asyncio.wait_for(synced.wait(), 10)
     assert spool.unhealthy is None, "a probe found the disk well again, and the mark was kept"
-    assert await after_a_crash(folder) == {}
+    assert await after_a_crash(spool) == {}
     assert [fields["fatal"] for fields in disk.events.named("spool_down")] == [False]
     assert len(disk.events.named("spool_up")) == 1
     await spool.close()
@@ -143,7 +155,7 @@ async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path:
     assert error is not None
     assert error.known
     assert disk.faults.fired == 1
-    assert await after_a_crash(folder) == {row.message_id: "queued"}
+    assert await after_a_crash(spool) == {row.message_id: "queued"}
     await until(lambda: spool.unhealthy is None)
     await keep(spool)
     assert disk.fatal == []
@@ -160,7 +172,7 @@ async def test_without_the_proof_it_would_come_back(tmp_path: Path, disk: Disk, 
     fail(disk, "sync", paths=("-wal",))
     error = await store(spool, Row(mail := message(), [pending(mail)]))
     assert error is not None
-    assert await after_a_crash(folder) == {row.message_id: "queued", mail.id: "queued"}
+    assert await after_a_crash(spool) == {row.message_id: "queued", mail.id: "queued"}
     await spool.close()
 
 
@@ -176,7 +188,7 @@ async def test_a_full_disk_refuses_and_comes_back_by_itself(tmp_path: Path, disk
         error = await store(spool, Row(mail := message(b"x" * 20_000), [pending(mail)]))
         assert error is not None
         assert error.known
-        assert await after_a_crash(folder) == {row.message_id: "queued"}
+        assert await after_a_crash(spool) == {row.message_id: "queued"}
     with pytest.raises(OSError, match="No space left"):
         await large(spool, b"z" * 300_000)
     row.recipients = ()
@@ -189,7 +201,7 @@ async def test_a_full_disk_refuses_and_comes_back_by_itself(tmp_path: Path, disk
     await asyncio.wait_for(synced.wait(), 10)
     assert spool.unhealthy is None
     (other,) = await keep(spool)
-    assert await after_a_crash(folder) == {other.message_id: "queued"}
+    assert await after_a_crash(spool) == {other.message_id: "queued"}
     assert disk.fatal == []
     await spool.close()
     assert os.listdir(folder / "content") == []
@@ -215,7 +227,7 @@ async def test_when_nothing_can_be_proven_nobody_knows(tmp_path: Path, disk: Dis
     await until(lambda: bool(disk.fatal))
     assert disk.fatal == [spool.fatal]
     assert spool.unhealthy == spool.fatal
-    found = await after_a_crash(folder)
+    found = await after_a_crash(spool)
     assert {kept.message_id} <= set(found) <= {kept.message_id, row.message_id, mails[0].id}
     mend(disk)
     await asyncio.sleep(0.1)
@@ -261,7 +273,7 @@ async def test_a_content_file_that_fails_refuses_its_message_alone(tmp_path: Pat
         assert coming is not None
         coming.discard()
     assert await ticket.done is None
-    assert await after_a_crash(folder) == {row.message_id: "queued", small.id: "queued"}
+    assert await after_a_crash(spool) == {row.message_id: "queued", small.id: "queued"}
     await until(lambda: spool.unhealthy is None)
     await spool.close()
     assert os.listdir(folder / "content") == []
@@ -277,7 +289,7 @@ async def test_a_checkpoint_that_fails_is_told_and_loses_nothing(tmp_path: Path,
     assert "checkpoint" in (spool.unhealthy or "")
     await asyncio.sleep(0.1)
     assert spool.unhealthy is not None, "the WAL must not grow without end"
-    assert await after_a_crash(folder) == {row.message_id: "queued"}
+    assert await after_a_crash(spool) == {row.message_id: "queued"}
     mend(disk)
     await until(lambda: spool.unhealthy is None)
     await spool.close()
@@ -320,7 +332,7 @@ async def test_a_spool_on_a_full_disk_opens_and_can_be_read(tmp_path: Path, disk
     async with opened(folder) as spool:
         (row,) = await keep(spool)
         copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
+        await as_if_killed(spool, copy)
     fail(disk, "write", how="ENOSPC", count=10**9)
     full = disk.spool(copy)
     await full.open()
@@ -476,8 +488,7 @@ async def every_operation(path: Path, stride: int = 1, **plan: Any) -> tuple[int
             mend(disk)
             copy = path / f"copy{number}"
             if spool is not None:
-                # As if the process were killed now, or had ended itself.
-                shutil.copytree(folder, copy)
+                await as_if_killed(spool, copy)
         unknown += bool(ledger.unknown)
         if copy.exists():
             ledger.check(await contents(copy), complete=True)
