@@ -539,15 +539,16 @@ class Client:
         self._socket.close()
 
 
-_TRACE = re.compile(
-    rb"(?:Return-Path:[^\r\n]*\r\n)?Received:.*?[A-Z][a-z]{2}, \d\d? [A-Z][a-z]{2} \d{4} [\d:]{8} [+-]\d{4}(?: \(\w+\))?\r\n", re.DOTALL
-)
+_DATE = rb"[A-Z][a-z]{2}, \d\d? [A-Z][a-z]{2} \d{4} [\d:]{8} [+-]\d{4}(?: \(\w+\))?\r\n"
+_RETURN_PATH = rb"(?:Return-Path:[^\r\n]*\r\n)?"
+#: Up to its date: the content may begin with a line that looks like a continuation.
+_TRACE = re.compile(_RETURN_PATH + rb"Received:[^\r\n]*?(?:\r\n[ \t][^\r\n]*?)*?" + _DATE)
+_DATELESS = re.compile(_RETURN_PATH + rb"Received:[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
 
 
 def without_trace(octets: bytes) -> bytes:
-    """What is below the topmost ``Received`` (it ends with its date: the content may begin with
-    a line that looks like its continuation)."""
-    match = _TRACE.match(octets)
+    """What is below the topmost ``Received``."""
+    match = _TRACE.match(octets) or _DATELESS.match(octets)
     return octets[match.end() :] if match else octets
 
 
