@@ -278,13 +278,12 @@ class Gateway:
         sockets = bind_all(config) if place is None else place.sockets
         self._sockets += sockets
         shard = config.spool.path / str(0 if place is None else place.number)
-        self._spool = SqliteSpool(shard, observer=telemetry, on_fatal=self._fatal)
         try:
+            self._spool = SqliteSpool(shard, observer=telemetry, minimum_free=_least_room(config, shard), on_fatal=self._fatal)
             await self._spool.open()
         except (SpoolError, OSError) as error:
             self._spool = None
             raise ConfigError([f"spool.path: {error}"]) from error
-        self._spool.minimum_free = _least_room(config, shard)
         try:
             for name, sink in config.sinks.items():
                 self._sinks[name] = make_sink(name, sink, config.hostname)
@@ -646,7 +645,8 @@ def _site() -> type[Site]:
 def _least_room(config: Config, folder: Path) -> float:
     """What must stay free on the disk: ``minimum_free``, and never less than one and a half of
     the largest message (reference A1). A share below 1, or octets."""
-    disk = os.statvfs(folder)
+    # The spool makes its folder when it opens.
+    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
     reserve, message = config.spool.minimum_free, ROOM_FOR_A_MESSAGE * config.limits.message_size
     if reserve.needed(disk.f_blocks * disk.f_frsize) < message:
         return message
