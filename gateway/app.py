@@ -41,8 +41,10 @@ from .checks import make_check
 from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig, split_address
 from .contracts import Check, Sink, SpoolError
 from .intake import MailIntake, new_id
-from .listener import Admission, Listener, SessionIds, bind, spoken
+from .listener import Admission, Door, Listener, SessionIds
 from .message import Message
+from .net import notify
+from .net.sockets import bind, bind_unix, passed_on, spoken
 from .observe import Telemetry
 from .queue import LaneSettings, Queue
 from .reply import Reply
@@ -89,7 +91,7 @@ def bind_all(config: Config) -> list[socket.socket]:
     faults: list[str] = []
     for number, listener in enumerate(config.listeners):
         try:
-            sockets.append(bind(*split_address(listener.address)))
+            sockets.append(_bound(listener))
         except OSError as error:
             faults.append(f"listeners[{number}].address: cannot listen on {listener.address}: {error.strerror or error}")
     if faults:
@@ -97,6 +99,20 @@ def bind_all(config: Config) -> list[socket.socket]:
             sock.close()
         raise ConfigError(faults)
     return sockets
+
+
+def _bound(listener: ListenerConfig) -> socket.socket:
+    kind, _, rest = listener.address.partition(":")
+    if kind == "unix":
+        return bind_unix(rest, int(listener.mode, 8))
+    if kind == "fd":
+        return passed_on(rest)
+    return bind(*split_address(listener.address))
+
+
+def door(listener: ListenerConfig) -> Door:
+    """How clients of this listener come in."""
+    return Door(tuple(listener.proxy_protocol_from), tuple(listener.xclient_from), listener.greet_delay)
 
 
 def bind_admin(config: Config) -> socket.socket | None:
@@ -230,8 +246,11 @@ class Gateway:
 
     @property
     def port(self) -> int:
-        """The first listener's real port."""
-        return int(self.addresses[0].rpartition(":")[2])
+        """The real port of the first listener that has one. Raises RuntimeError without any."""
+        for address in self.addresses:
+            if not address.startswith("unix:"):
+                return int(address.rpartition(":")[2])
+        raise RuntimeError("no listener has a port: all are unix sockets")
 
     def _composed(self, given: Config | None) -> Config:
         """The Config to go by: what was given, and the functions of the program before it."""
@@ -316,7 +335,7 @@ class Gateway:
         )
         self._admission = Admission(config.limits, descriptors=_descriptors(), workers=1 if place is None else place.workers)
         session_ids = SessionIds()
-        for sock, rules in zip(sockets, self._rules(config), strict=True):
+        for sock, rules, entry in zip(sockets, self._rules(config), config.listeners, strict=True):
             self._listeners.append(
                 Listener(
                     sock,
@@ -326,6 +345,8 @@ class Gateway:
                     admission=self._admission,
                     session_ids=session_ids,
                     shared=place is not None,
+                    lent=entry.address.startswith("fd:"),
+                    door=door(entry),
                 )
             )
         self._watch()
@@ -397,7 +418,7 @@ class Gateway:
         config, old = self._composed(given), self.config
         differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
         fixed = sorted(differing - {"routes", "limits", "listeners", "drain"})
-        if [listener.address for listener in old.listeners] != [listener.address for listener in config.listeners]:
+        if [(one.address, one.mode) for one in old.listeners] != [(one.address, one.mode) for one in config.listeners]:
             fixed.append("listeners")
         if old.limits.memory != config.limits.memory:
             fixed.append("limits.memory")
@@ -407,18 +428,20 @@ class Gateway:
         self.config = config
         if self._admission is not None:
             self._admission.limits = config.limits
-        for listener, new in zip(self._listeners, rules, strict=True):
-            listener.go_by(replace(new, shortage=listener.rules.shortage))
+        for listener, new, entry in zip(self._listeners, rules, config.listeners, strict=True):
+            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry))
         self.telemetry.event("reloaded")
 
     def _reload(self) -> None:
         """SIGHUP: the file again, if there is one. A worker waits for its supervisor's word."""
         if self._place is not None or self._given is None:
             return
+        notify.reloading()
         try:
             self.reload(self._given.reload())
         except ConfigError as error:
             self.telemetry.event("reload_refused", faults=error.faults)
+        notify.ready()
 
     # --------------------------------------------------------------------- end
 
@@ -523,10 +546,14 @@ class Gateway:
             loop.add_signal_handler(signal.SIGINT, self.ask_to_stop)
         await self.start()
         ready()
+        if self._place is None:
+            notify.ready()
         # What is there now stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
         await self._asked.wait()
+        if self._place is None:
+            notify.stopping()
         await self.stop()
         return 0 if self._broken is None else RECOVER
 

@@ -599,12 +599,14 @@ def _explained(
     config: Config, listener: ListenerConfig, ip: str, sender: str, recipient: str, helo: str, user: str | None
 ) -> dict[str, Any]:
     """What a session of this listener says to this mail, and why."""
+    from .app import door
     from .contracts import Verdict
     from .message import Client
     from .smtp.server import Asked, MailStarted, ServerSession
 
     routes = config.table()
-    session = ServerSession(_rules(config, listener, routes), Client(ip, helo=helo, user=user), "explain", listener.address)
+    trusted = door(listener).trusts(ip)
+    session = ServerSession(_rules(config, listener, routes), Client(ip, helo=helo, user=user), "explain", listener.address, trusted)
     checks: list[dict[str, str]] = []
     taken: list[Route] = []
     dialogue: list[str] = []
@@ -653,6 +655,8 @@ def _explained(
         checks.extend({"check": name, "stage": "content"} for name in route.checks if name in judging)
     return {
         "listener": listener.address,
+        "door": _door(listener, ip),
+        "limits": config.limits.model_dump(),
         "client": ip,
         "from": sender,
         "to": recipient,
@@ -665,6 +669,45 @@ def _explained(
         "why": list(_reasons(config, routes, recipient, ip, user)) if unrouted else [],
         "dialogue": dialogue[:-2] if accepted else dialogue,
     }
+
+
+def _door(listener: ListenerConfig, ip: str) -> dict[str, Any]:
+    """How this client comes in."""
+    from .app import door
+    from .listener import by_client
+
+    here = door(listener)
+    return {
+        "protocol": listener.protocol,
+        "tls": listener.tls,
+        "auth": listener.auth,
+        "proxy_header": "demanded" if here.demands_header(ip) else "refused",
+        "proxies": [str(network) for network in here.proxies],
+        "xclient": here.trusts(ip),
+        "greet_delay": 0.0 if here.trusts(ip) else here.greet_delay,
+        "counted_by_client": by_client(ip) != "" and not (here.trusts(ip) or here.demands_header(ip)),
+    }
+
+
+def _told_door(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is worth a line."""
+    here, limits = told["door"], told["limits"]
+    yield "protocol", f"{here['protocol']}, tls {here['tls']}, auth {here['auth']}"
+    if here["proxy_header"] == "demanded":
+        yield "proxy", "must begin with a PROXY header, or is cut off unheard; explained is one that keeps this address (LOCAL)"
+    elif here["proxies"]:
+        yield "proxy", f"a PROXY header from here is refused; only {', '.join(here['proxies'])} may send one"
+    if here["xclient"]:
+        yield "xclient", "may speak for others (XCLIENT, XFORWARD)"
+    if here["greet_delay"]:
+        yield "greeting", f"after {here['greet_delay']:g} s of silence"
+    each = f"{limits['connections_per_client']} of one client" if here["counted_by_client"] else "not counted by client"
+    yield (
+        "limits",
+        f"{limits['connections']} connections, {each}; {limits['message_size']} octets, {limits['recipients']} recipients; "
+        f"{limits['idle_timeout']:g} s between commands, {limits['command_timeout']:g} s for one, {limits['data_timeout']:g} s of silence "
+        f"and {limits['minimum_rate']} octets a second in content",
+    )
 
 
 def _reasons(config: Config, routes: Routes, recipient: str, ip: str, user: str | None) -> Iterator[str]:
@@ -696,6 +739,7 @@ def _print_explained(told: dict[str, Any]) -> None:
     listed = ", ".join(repr(pattern) for pattern in route["recipients"]) if route else ""
     rows = [
         ("listener", told["listener"]),
+        *_told_door(told),
         ("checks", ", ".join(f"{check['check']} ({check['stage']})" for check in told["checks"]) or "none"),
         ("route", f"routes[{route['number']}]: {listed}, acknowledge {route['acknowledge']}" if route else "none"),
         ("sinks", ", ".join(f"{sink['name']} ({sink['type']})" for sink in told["sinks"]) or "none"),

@@ -189,10 +189,16 @@ def _listen_address(value: str) -> str:
             raise ValueError('the path of a unix socket is absolute; write "unix:/run/gateway/smtp.sock"')
         return value
     if value.startswith("fd:"):
-        if not re.fullmatch(r"fd:[0-9]+", value):
-            raise ValueError('a passed-on socket is named by its number; write "fd:3"')
+        if not re.fullmatch(r"fd:([0-9]{1,9}|[!-9;-~]{1,255})", value):
+            raise ValueError('a passed-on socket is known by its number or its name; write "fd:3" or "fd:smtp"')
         return value
     split_address(value)
+    return value
+
+
+def _mode(value: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError('must be a mode in octal like "0660"')
     return value
 
 
@@ -403,7 +409,8 @@ def _reason(error: Exception) -> str:
 
 
 class ListenerConfig(Table):
-    """``[[listeners]]``: one bound address and what is spoken there."""
+    """``[[listeners]]``: one bound address and what is spoken there. ``mode`` in octal, of a unix
+    socket. ``greet_delay`` in seconds."""
 
     address: ListenAddress
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
@@ -411,6 +418,8 @@ class ListenerConfig(Table):
     certificate: ExistingFile | None = None
     key: ExistingFile | None = None
     auth: Literal["off", "offered", "required"] = "off"
+    mode: Annotated[str, AfterValidator(_mode)] = "0660"
+    greet_delay: Annotated[Duration, Field(le=60.0)] = 0.0
     proxy_protocol_from: Networks = []
     xclient_from: Networks = []
     bare_newlines: Literal["reject", "normalize"] = "reject"
@@ -421,6 +430,8 @@ class ListenerConfig(Table):
         for given, other in (("certificate", "key"), ("key", "certificate")):
             if table.get(given) is None and (table.get("tls", "off") != "off" or table.get(other) is not None):
                 yield given, f"is missing: {other if table.get(other) is not None else 'tls'} needs it"
+        if table.get("mode") not in (None, "0660") and not str(table.get("address", "")).startswith("unix:"):
+            yield "mode", 'is for an address like "unix:/run/gateway/smtp.sock"; leave it out'
 
 
 class Limits(Table):
@@ -731,12 +742,9 @@ def _no_tcp(value: Any) -> bool:
 NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("users",), _off, "leave it out"),
     (("users_file",), _off, "leave it out"),
-    (("listeners", "*", "address"), _no_tcp, 'write "host:port"'),
     (("listeners", "*", "protocol"), lambda value: value == "submission", 'write "smtp"'),
     (("listeners", "*", "tls"), lambda value: value in ("starttls", "required", "implicit"), 'write "off"'),
     (("listeners", "*", "auth"), lambda value: value in ("offered", "required"), 'write "off"'),
-    (("listeners", "*", "proxy_protocol_from"), _off, "leave it out"),
-    (("listeners", "*", "xclient_from"), _off, "leave it out"),
     (("spool", "engine"), lambda value: value == "postgres", 'write "sqlite"'),
     (("spool", "dsn"), _off, "leave it out"),
     (("sinks", "*", "mx"), lambda value: value is True, "name the servers in hosts"),

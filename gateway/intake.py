@@ -638,6 +638,7 @@ class Ticket:
             recipients=len(transaction.envelope.recipients),
             size=self.message.stored.size,
             stored=stored,
+            **self._forwarded(),
         )
         reply = Reply.ok(f"accepted as {self.message.id}")
         if transaction.lmtp:
@@ -646,6 +647,11 @@ class Ticket:
             self._say(reply)
         if not self._kept:
             self._finish_unkept()
+
+    def _forwarded(self) -> dict[str, Any]:
+        """What XFORWARD said about where the mail came from: for the log alone."""
+        told = self._draft.transaction.facts.get("forwarded")
+        return {"forwarded": told} if told else {}
 
     def _refuse(self, reply: Reply | Sequence[Reply]) -> None:
         if self._draft.transaction.lmtp and isinstance(reply, Reply):

@@ -23,6 +23,7 @@ import termios
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address, ip_address
 from itertools import count
@@ -30,11 +31,12 @@ from typing import Protocol, cast
 
 from .contracts import Draft, Intake, Observer, Verdict
 from .message import Client
+from .net.sockets import BACKLOG, spoken, whence
 from .reply import Reply
-from .smtp.server import Asked, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession
+from .route import Network
+from .smtp import proxy
+from .smtp.server import Asked, ClientNamed, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession
 
-#: Clients that wait to be accepted; the kernel takes its own limit if that is lower.
-BACKLOG = 4096
 #: Connections taken in one turn of the loop, so that those that are in get their turn too.
 BATCH = 16
 #: The same where several processes take from one socket: few, so that each gets its share.
@@ -55,6 +57,10 @@ LINGER_OCTETS = 1024 * 1024
 LAST_WORD = 30.0
 #: Content from this size on is acknowledged at once (TCP_QUICKACK), or a sender with Nagle stalls on it.
 QUICKACK_FROM = 128 * 1024
+#: Seconds that a proxy may take to say whom it brings.
+PROXY_DEADLINE = 5.0
+#: Longest ``greet_delay`` while nearly all connections are taken.
+STRESS_GREET_DELAY = 2.0
 #: Longest rest, in seconds, while descriptors or memory lack.
 LONGEST_REST = 1.0
 
@@ -90,35 +96,30 @@ class Limits(Protocol):
     def minimum_rate(self) -> int: ...
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket that does not block. A host that has several addresses is bound
-    at the first one, IPv4 before IPv6. Raises OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            # "[::]" says IPv6, whatever the machine's default: 0.0.0.0 can stand beside it.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+@dataclass(slots=True, frozen=True)
+class Door:
+    """How clients of a listener come in. Replaced whole on reload, for those that come later.
+
+    ``proxies``: networks whose peers must begin with a PROXY header. ``speakers``: networks whose
+    clients may speak for others (XCLIENT, XFORWARD). ``greet_delay``: seconds before the greeting,
+    in which whoever talks is turned away. A peer on a unix socket counts as 127.0.0.1."""
+
+    proxies: Sequence[Network] = ()
+    speakers: Sequence[Network] = ()
+    greet_delay: float = 0.0
+
+    def demands_header(self, ip: str | None) -> bool:
+        return _among(ip, self.proxies)
+
+    def trusts(self, ip: str | None) -> bool:
+        return _among(ip, self.speakers)
 
 
-def spoken(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """``host:port`` or ``[v6]:port`` of a socket's address."""
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-
-
-def plain(host: str) -> str:
-    """An IP address as we tell it: without a zone, IPv4 that came through an IPv6 socket as IPv4."""
-    host = host.partition("%")[0]
-    return host[7:] if host.startswith("::ffff:") and "." in host else host
+def _among(ip: str | None, networks: Sequence[Network]) -> bool:
+    if not networks:
+        return False
+    address = ip_address(ip or "127.0.0.1")
+    return any(address in network for network in networks)
 
 
 class Admission:
@@ -143,10 +144,10 @@ class Admission:
         return most if self._descriptors is None else min(most, self._descriptors)
 
     def enter(self, ip: str) -> Reply | None:
-        """None: the client is in, ``leave`` must follow. Else the reply for it."""
+        """``ip``: "" where it is not counted by client. None: the client is in, ``leave`` must follow. Else the reply for it."""
         if self.count >= self.room:
             return TOO_MANY
-        key = _key(ip)
+        key = by_client(ip)
         if key:
             here = self._clients.get(key, 0)
             if here >= self.limits.connections_per_client:
@@ -157,7 +158,7 @@ class Admission:
 
     def leave(self, ip: str) -> None:
         self.count -= 1
-        key = _key(ip)
+        key = by_client(ip)
         if key:
             here = self._clients[key] - 1
             if here:
@@ -170,8 +171,9 @@ class Admission:
         return self.count >= self.room * STRESS
 
 
-def _key(ip: str) -> str:
-    if ip.startswith("127.") or ip == "::1":
+def by_client(ip: str) -> str:
+    """As whom an address is counted; "" if it is not: loopback, no address."""
+    if not ip or ip.startswith("127.") or ip == "::1":
         return ""
     if ":" in ip:
         return str(IPv6Address(int(ip_address(ip)) >> 64 << 64))
@@ -191,9 +193,13 @@ class Listener:
         admission: Admission,
         session_ids: Callable[[], str],
         shared: bool = False,
+        lent: bool = False,
+        door: Door | None = None,
     ) -> None:
-        """``shared``: other processes take connections from this socket as well."""
+        """``shared``: other processes take connections from this socket as well. ``lent``: it was
+        passed on to us, and whoever waits at our end is for the next to whom it is."""
         self.sock = sock
+        self.door = door or Door()
         self.name = spoken(sock.getsockname())
         self.rules = rules
         self.intake = intake
@@ -201,7 +207,8 @@ class Listener:
         self.admission = admission
         self.connections: set[Connection] = set()
         self.session_ids = session_ids
-        self._shared = shared
+        self._shared = shared or lent
+        self._nameless: set[asyncio.Task[None]] = set()  # whose proxy has not said yet whom it brings
         self._batch = SHARED_BATCH if shared else BATCH
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -235,9 +242,11 @@ class Listener:
             os.close(self._spare)
             self._spare = None
 
-    def go_by(self, rules: Rules) -> None:
-        """From now on these rules hold, for those that are in as well."""
+    def go_by(self, rules: Rules, door: Door | None = None) -> None:
+        """From now on these rules hold, for those that are in as well; ``door`` for those that come."""
         self.rules = rules
+        if door is not None:
+            self.door = door
         for connection in self.connections:
             connection.session.rules = rules
 
@@ -248,8 +257,10 @@ class Listener:
             with suppress(OSError):
                 for _ in range(BACKLOG):
                     sock, address = self.sock.accept()
-                    self._turn_away(sock, plain(address[0]), reply)
+                    self._turn_away(sock, whence(address)[0], reply)
         self.stop()
+        for task in tuple(self._nameless):
+            task.cancel()
         for connection in tuple(self.connections):
             connection.stop(reply)
 
@@ -283,15 +294,19 @@ class Listener:
                     return
                 # The client is gone again, or the kernel's firewall said no (accept(2)): not our fault.
                 continue
-            self._admit(sock, plain(address[0]), address[1])
+            self._admit(sock, *whence(address))
         self._rest = 0.0
 
     def _admit(self, sock: socket.socket, ip: str, port: int) -> None:
-        reply = self.admission.enter(ip)
+        peer = Client(ip or None, port)
+        behind = self.door.demands_header(peer.ip)
+        # Those that many come through are not counted as one client.
+        counted = "" if behind or self.door.trusts(peer.ip) else ip
+        reply = self.admission.enter(counted)
         if reply is not None:
             self._turn_away(sock, ip, reply)
             return
-        task = self.loop.create_task(self._attach(sock, Client(ip, port)))
+        task = self.loop.create_task(self._attach(sock, peer, counted, behind))
         self._tasks.add(task)
         task.add_done_callback(self._attached)
 
@@ -300,14 +315,35 @@ class Listener:
         try:
             sock.setblocking(False)
             sock.send(reply.wire)
+            # A header that nobody read would turn the close into a reset, which overtakes the reply.
+            sock.recv(proxy.V2_LIMIT)
         except OSError:
             pass
         sock.close()
 
-    async def _attach(self, sock: socket.socket, client: Client) -> None:
+    async def _attach(self, sock: socket.socket, peer: Client, counted: str, behind: bool) -> None:
+        """``counted``: as whom admission knows this one. ``behind``: a proxy says who it is."""
+        known = True
         connection: Connection | None = None
         try:
-            made = connection = Connection(self, sock, client)
+            client = peer
+            through: dict[str, str] | None = None
+            if behind:
+                header = await self._introduced(sock, peer)
+                if header is None:
+                    sock.close()
+                    return
+                client = header.client(peer)
+                through = {"proxy": peer.ip or "", **({"authority": header.authority} if header.authority else {})}
+                self.admission.leave("")
+                counted = "" if self.door.trusts(client.ip) else client.ip or ""
+                reply = self.admission.enter(counted)
+                if reply is not None:
+                    known = False
+                    self._turn_away(sock, client.ip or "", reply)
+                    return
+            # What is in the socket now is the client's own: TLS begins here, or SMTP.
+            made = connection = Connection(self, sock, client, counted, through)
             await self.loop.connect_accepted_socket(lambda: made, sock)
         except BaseException as error:
             sock.close()
@@ -315,8 +351,57 @@ class Listener:
             if not isinstance(error, (OSError, RuntimeError, asyncio.CancelledError)):
                 raise
         finally:
-            if connection is None or not connection.entered:
-                self.admission.leave(client.ip or "")
+            if known and (connection is None or not connection.entered):
+                self.admission.leave(counted)
+
+    async def _introduced(self, sock: socket.socket, peer: Client) -> proxy.Header | None:
+        """The PROXY header of this peer, and not an octet behind it is taken from the socket. None: there
+        was none that could be read in time, and nothing is said to whoever that was."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._nameless.add(task)
+        sock.setblocking(False)
+        deadline = self.loop.time() + PROXY_DEADLINE
+        held = b""
+        try:
+            while True:
+                try:
+                    seen = sock.recv(proxy.V2_LIMIT, socket.MSG_PEEK)
+                except (BlockingIOError, InterruptedError):
+                    async with asyncio.timeout_at(deadline):
+                        await self._readable(sock)
+                    continue
+                if not seen:
+                    if held:
+                        self._nobody(peer, "not finished")
+                    return None
+                header = proxy.read(held + seen)
+                if header is None:
+                    held += sock.recv(len(seen))
+                    continue
+                if header.fault is not None:
+                    self._nobody(peer, header.fault)
+                    return None
+                sock.recv(header.size - len(held))
+                return header
+        except TimeoutError:
+            self._nobody(peer, "late")
+            return None
+        except OSError:
+            return None  # reset: a health check that only looks whether somebody listens
+        finally:
+            self._nameless.discard(task)
+
+    async def _readable(self, sock: socket.socket) -> None:
+        come = asyncio.Event()
+        self.loop.add_reader(sock.fileno(), come.set)
+        try:
+            await come.wait()
+        finally:
+            self.loop.remove_reader(sock.fileno())
+
+    def _nobody(self, peer: Client, fault: str) -> None:
+        self.observer.event("shed", reason=f"PROXY header {fault}", listener=self.name, client=peer.ip)
 
     def _attached(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -337,7 +422,7 @@ class Listener:
             except OSError:
                 self._refill()
                 break
-            self._turn_away(sock, plain(address[0]), NO_MEANS)
+            self._turn_away(sock, whence(address)[0], NO_MEANS)
             self._refill()
         self.loop.remove_reader(self.sock.fileno())
         self._rest = min(max(self._rest * 2, 0.05), LONGEST_REST)
@@ -370,9 +455,16 @@ class Listener:
         for connection in tuple(self.connections):
             connection.look(now, late)
 
+    def greet_delay(self, client: Client) -> float:
+        """Seconds for which this client waits for its greeting. Those that speak for others are ours."""
+        delay = self.door.greet_delay
+        if not delay or self.door.trusts(client.ip):
+            return 0.0
+        return min(delay, STRESS_GREET_DELAY) if self.admission.stress else delay
+
     def left(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        self.admission.leave(connection.client.ip or "")
+        self.admission.leave(connection.counted)
         self._empty.set()
 
 
@@ -404,9 +496,11 @@ class Connection(asyncio.Protocol):
         "_sock",
         "_stopped",
         "_stuck",
+        "_through",
         "_timer",
         "_transport",
         "client",
+        "counted",
         "entered",
         "id",
         "listener",
@@ -415,11 +509,21 @@ class Connection(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, listener: Listener, sock: socket.socket, client: Client) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        sock: socket.socket,
+        client: Client,
+        counted: str,
+        through: dict[str, str] | None = None,
+    ) -> None:
+        """``counted``: as whom admission knows it. ``through``: what a proxy brought along, to be told."""
         self.listener = listener
         self.client = client
+        self.counted = counted
         self.id = listener.session_ids()
-        self.session = ServerSession(listener.rules, client, self.id, listener.name)
+        self.session = ServerSession(listener.rules, client, self.id, listener.name, listener.door.trusts(client.ip))
+        self._through = through
         self.entered = False  # connection_made was called; connection_lost will be
         self._sock = sock
         self._draft: Draft | None = None  # of the content that comes now …
@@ -444,11 +548,25 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.entered = True
         listener.connections.add(self)
-        listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip)
+        listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip, **(self._through or {}))
+        self._through = None
         try:
             # A client that talks before it is greeted is not waiting for us to agree to anything.
             early = fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
-            self._run(self.session.start(early))
+            delay = listener.greet_delay(self.client)
+            if delay and not early:
+                self._timer = listener.loop.call_later(delay, self._greet)
+                return
+            proxied = early and proxy.begins(self._sock.recv(len(proxy.SIGNATURE), socket.MSG_PEEK))
+            self._run(self.session.start(early, proxied))
+        except Exception as error:
+            self._bug(error)
+
+    def _greet(self) -> None:
+        """The delay is over, and the client was silent."""
+        self._timer = None
+        try:
+            self._run(self.session.start())
         except Exception as error:
             self._bug(error)
 
@@ -546,6 +664,17 @@ class Connection(asyncio.Protocol):
                 reply=str(event.reply),
                 address=event.address,
             )
+        elif isinstance(event, ClientNamed):
+            by, self.client = self.client, event.client
+            listener.observer.event(
+                "introduced",
+                session=self.id,
+                listener=listener.name,
+                client=event.client.ip,
+                name=event.name,
+                user=event.client.user,
+                by=by.ip,
+            )
         elif isinstance(event, Asked):
             listener.intake.ask(event.question, event.checks, self._judged)
         elif isinstance(event, MailAborted):
@@ -624,7 +753,7 @@ class Connection(asyncio.Protocol):
                 self._wait(CONTENT)
                 self._begun = self._paid = self._since
                 self._octets = 0
-            elif _QUICKACK is not None and self._octets >= QUICKACK_FROM:
+            elif _QUICKACK is not None and self._octets >= QUICKACK_FROM and self._sock.family != socket.AF_UNIX:
                 # A sender with Nagle stalls on a delayed acknowledgement. It does not stick: once a read.
                 self._sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         elif octets or self._phase > COMMAND:

@@ -30,7 +30,8 @@ from . import __version__
 from .admin.control import ControlError, call
 from .app import Gateway, Log, Place, bind_admin, bind_all, control_path
 from .config import Config, ConfigError
-from .listener import spoken
+from .net import notify
+from .net.sockets import spoken
 from .observe import Telemetry, expose
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class Supervisor:
                 await self._open_admin(admin)
             self._up = True
             self.telemetry.event("ready", workers=len(self._workers), **({"config": self._config_path} if self._config_path else {}))
+            notify.ready()
             await self._asked.wait()
+            notify.stopping()
         finally:
             code = await self._stop()
             if admin is not None:
@@ -185,11 +188,14 @@ class Supervisor:
 
     def _reload(self) -> None:
         """SIGHUP: the file is read once, here, so that all workers get the same."""
+        notify.reloading()
         try:
-            config = self.config.reload()
+            self._pass_on(self.config.reload())
         except ConfigError as error:
             self.telemetry.event("reload_refused", faults=error.faults)
-            return
+        notify.ready()
+
+    def _pass_on(self, config: Config) -> None:
         if config.worker_count != len(self._workers) or config.admin != self.config.admin:
             self.telemetry.event("reload_refused", faults=["workers, admin: only a restart can change this"])
             return

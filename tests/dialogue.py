@@ -3,7 +3,7 @@
 One story a file. Its first line is ``# RFC section: reason``. Then settings, then steps::
 
     @set message_size=1000          a rule of the listener (see Settings)
-    @route *@app.example            replaces the default route; options: delivered, relay
+    @route *@app.example            replaces the default route; options: delivered, relay, from=10.0.0.0/8, login
     @answers 451 4.3.0 full         what the intake says to each finished message in turn (default 250)
     @here why                       this one is never run over a socket, and why
     @vary form lf-dot-lf FORM=\\n.\\n   a variant: {FORM} in the steps stands for it. Each label of a
@@ -34,6 +34,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from gateway.message import Client
 from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.smtp.server import (
+    ClientNamed,
     Event,
     MailAborted,
     MailContent,
@@ -67,6 +69,7 @@ class Settings:
     long_lines: Literal["accept", "reject"] = "accept"
     bare_newlines: Literal["reject", "normalize"] = "reject"
     binarymime: bool = True
+    xclient: bool = False  # the client may speak for others
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
 
     def rules(self) -> Rules:
@@ -227,6 +230,8 @@ def _case(name: str, steps: list[tuple[str, str]]) -> Case:
                     ("app",),
                     acknowledge="delivered" if "delivered" in options else "durable",
                     relays="relay" in options,
+                    authenticated="login" in options,
+                    clients=tuple(ip_network(word[5:]) for word in options if word.startswith("from=")) or None,
                 )
             )
             case.settings = replace(case.settings, routes=tuple(routes))
@@ -304,6 +309,7 @@ class Driver:
         self.wire = b""
         self.accepted: list[Mail] = []
         self.refused: list[Refused] = []
+        self.named: list[ClientNamed] = []
         self.tarpit = 0
         self._answers = iter([*answers])
         self._drafts: dict[int, tuple[MailStarted, list[bytes]]] = {}
@@ -373,6 +379,8 @@ class Driver:
         elif isinstance(event, MailAborted):
             assert event.number not in self._finished, "a finished mail was aborted"
             del self._drafts[event.number]
+        elif isinstance(event, ClientNamed):
+            self.named.append(event)
         elif isinstance(event, Refused):
             self.refused.append(event)
         else:
@@ -441,7 +449,7 @@ def cuttings(case: Case, seed: int, every: bool = True) -> Iterator[Cut]:
 
 def run(case: Case, cut: Cut = whole, late: bool = False) -> None:
     """One run on a session. Raises AssertionError with the place in the dialogue."""
-    session = ServerSession(case.settings.rules(), Client("192.0.2.1", 4711), "session", "listener")
+    session = ServerSession(case.settings.rules(), Client("192.0.2.1", 4711), "session", "listener", case.settings.xclient)
     driver = Driver(session, case.answers, late)
     if not case.early:
         driver.start()

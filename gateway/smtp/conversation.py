@@ -19,7 +19,7 @@ from .._parser import Command, Receiver
 from ..contracts import Question, Verdict
 from ..message import Client
 from ..reply import Reply
-from . import replies
+from . import proxy, replies
 from .events import Asked, ClientAsked, Event, MailAborted, Refused, Rules, Stage
 from .order import BAD_LINES_AT_MOST, ERRORS_AT_MOST, ERRORS_FREE, Conduct, Order
 
@@ -123,19 +123,24 @@ class Conversation(ABC):
 
     # -------------------------------------------------------- what comes in
 
-    def start(self, early: bool = False) -> list[Event]:
+    def start(self, early: bool = False, proxied: bool = False) -> list[Event]:
         """The greeting, or first the question whether this client may have one. ``early``: the
-        client sent octets before it."""
-        rules = self.rules
+        client sent octets before it; ``proxied``: those are a PROXY header, for which nobody asked."""
         if early:
-            self._refuse("connect", replies.TOO_EARLY)
-        elif rules.shortage is not None and rules.shortage.code == 421:
+            self._refuse("connect", replies.NO_PROXY if proxied else replies.TOO_EARLY)
+        else:
+            self._welcome()
+        return self._taken()
+
+    def _welcome(self) -> None:
+        """What a client hears first."""
+        rules = self.rules
+        if rules.shortage is not None and rules.shortage.code == 421:
             self._refuse("connect", rules.shortage)
         elif rules.client_checks:
             self._ask(ClientAsked(Question("client", self.client, self.listener), rules.client_checks))
         else:
             self._greet()
-        return self._taken()
 
     def receive(self, data: bytes) -> list[Event]:
         """Octets of the client. After ``paused`` only what was on its way anyway."""
@@ -281,7 +286,7 @@ class Conversation(ABC):
         if self._state == CLOSED:
             return False
         if self._state == GREETING:
-            self._refuse("connect", replies.TOO_EARLY)
+            self._refuse("connect", replies.NO_PROXY if proxy.begins(data) else replies.TOO_EARLY)
             return False
         if self._order.owed or self._question is not None or self.delay:
             self._refuse("command", replies.TOO_EARLY)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..contracts import Question, Transaction
+from ..message import Client
 from ..reply import Reply
 from ..route import Routes
 
@@ -109,6 +110,15 @@ class Refused:
 
 
 @dataclass(slots=True)
+class ClientNamed:
+    """XCLIENT: whoever is connected speaks for this client, and the conversation begins anew with
+    it. ``name``: its host name, "" if it is not known."""
+
+    client: Client
+    name: str
+
+
+@dataclass(slots=True)
 class AuthWanted:
     """The client began AUTH with this mechanism."""
 
@@ -121,4 +131,4 @@ class TLSWanted:
     """220 is the last thing said in clear; the handshake comes next."""
 
 
-Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | AuthWanted | TLSWanted
+Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | ClientNamed | AuthWanted | TLSWanted

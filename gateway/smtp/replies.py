@@ -13,6 +13,10 @@ from typing import Final
 
 from ..reply import Reply
 
+#: Attributes, as EHLO names them.
+XCLIENT: Final = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
+XFORWARD: Final = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "IDENT", "SOURCE")
+
 # ------------------------------------------------------------------ all is well
 
 QUIT: Final = Reply(221, "2.0.0", "closing the connection")
@@ -91,6 +95,8 @@ LOOP: Final = Reply(554, "5.4.6", "routing loop: too many Received fields")
 TOO_EARLY: Final = Reply(554, "5.5.0", "you sent on before our reply, closing")
 NOT_SMTP: Final = Reply(554, "5.5.0", "SMTP is spoken here, closing")
 NOT_TLS: Final = Reply(554, "5.5.0", "TLS is not spoken on this port, closing")
+NO_ATTRIBUTES: Final = Reply(501, "5.5.4", "say ATTRIBUTE=value, as often as needed")
+UNKNOWN_ATTRIBUTE: Final = Reply(501, "5.5.4", "attribute unknown here")
 NO_XCLIENT: Final = Reply(550, "5.7.0", "not allowed from your address")
 NO_PROXY: Final = Reply(500, "5.5.2", "PROXY is not allowed from your address, closing")
 BAD_CHUNK: Final = Reply(501, "5.5.4", "say BDAT size [LAST]; without a size we cannot go on, closing")
@@ -109,8 +115,9 @@ def greeted(hostname: str) -> Reply:
 
 
 @lru_cache(maxsize=64)
-def offer(hostname: str, message_size: int, recipients: int, binarymime: bool) -> bytes:
-    """250 to EHLO and LHLO: our name, then what we offer, a line each."""
+def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, xclient: bool) -> bytes:
+    """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
+    is trusted to speak for others."""
     lines = [
         hostname,
         "PIPELINING",
@@ -123,6 +130,7 @@ def offer(hostname: str, message_size: int, recipients: int, binarymime: bool) -
         "DSN",
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
+        *([f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"] if xclient else []),
     ]
     *others, last = lines
     return "".join([*(f"250-{line}\r\n" for line in others), f"250 {last}\r\n"]).encode()
@@ -139,6 +147,9 @@ def chunk_over_limit(limit: int) -> Reply:
     """552 for one BDAT chunk so large that we do not even read over it."""
     return Reply(552, "5.3.4", f"chunk far over the limit of {limit} octets, closing")
 
+
+#: XCLIENT and XFORWARD: the value of this attribute is none.
+BAD_ATTRIBUTE: Final = {name: Reply(501, "5.5.4", f"bad value of {name}") for name in (*XCLIENT, *XFORWARD)}
 
 #: After one of these the connection ends.
 CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK})

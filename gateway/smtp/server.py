@@ -11,7 +11,7 @@ were cut. Nothing is judged by a count that an owed answer may still reset: the 
 for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
-6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS).
+6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS). XCLIENT and XFORWARD: Postfix.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from ..contracts import Question, Transaction, Verdict
 from ..message import Client, Envelope
 from ..reply import Reply
 from ..route import Route
-from . import judge, replies
+from . import judge, replies, xclient
 from .conversation import CHUNK, COMMAND, CONTENT, Conversation, Verbs
 from .events import (
     Asked,
     AuthWanted,
     ClientAsked,
+    ClientNamed,
     Event,
     MailAborted,
     MailContent,
@@ -47,6 +48,7 @@ __all__ = [
     "Asked",
     "AuthWanted",
     "ClientAsked",
+    "ClientNamed",
     "Event",
     "MailAborted",
     "MailContent",
@@ -80,16 +82,21 @@ class ServerSession(Conversation):
         "_chunk_refusal",
         "_chunk_total",
         "_facts",
+        "_forwarded",
         "_greeted",
         "_number",
         "_route",
         "_spurned",
         "_transaction",
+        "_trusted",
     )
 
-    def __init__(self, rules: Rules, client: Client, session: str, listener: str) -> None:
+    def __init__(self, rules: Rules, client: Client, session: str, listener: str, trusted: bool = False) -> None:
+        """``trusted``: whoever is connected may speak for others (XCLIENT, XFORWARD)."""
         super().__init__(rules, client, session, listener, _LMTP if rules.protocol == "lmtp" else _SMTP)
         self._facts: dict[str, Any] | None = None  # of the client checks
+        self._trusted = trusted
+        self._forwarded: xclient.Attributes | None = None  # XFORWARD, for the next transaction
         self._greeted = False  # HELO, EHLO or LHLO was said
         self._number = 0
         self._transaction: Transaction | None = None
@@ -184,7 +191,7 @@ class ServerSession(Conversation):
         self.client = replace(self.client, helo=command.argument, protocol=self._protocol(utf8=False))
         rules = self.rules
         if esmtp:
-            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime))
+            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, self._trusted))
         else:
             self._say(replies.greeted(rules.hostname).wire)
 
@@ -236,8 +243,37 @@ class ServerSession(Conversation):
         if self._ends_group():
             self._fault("command", replies.NOT_OFFERED if self._transaction is None else replies.IN_TRANSACTION)
 
-    def _xclient(self, command: Command) -> None:
+    def _may_speak_for_others(self) -> bool:
+        if self._transaction is None and self._trusted:
+            return True
         self._fault("command", replies.NO_XCLIENT if self._transaction is None else replies.IN_TRANSACTION)
+        return False
+
+    def _xclient(self, command: Command) -> None:
+        if not self._may_speak_for_others():
+            return
+        told = xclient.named(command.argument)
+        if isinstance(told, Reply):
+            self._fault("command", told)
+            return
+        # Another client, another conversation. What was said with it stays (XCLIENT_README).
+        self._reset()
+        self._facts = None
+        self.client = xclient.changed(self.client, told)
+        self._greeted = bool(self.client.helo)
+        self._lockstep = False
+        self._events.append(ClientNamed(self.client, told.get("NAME") or ""))
+        self._welcome()
+
+    def _xforward(self, command: Command) -> None:
+        if not self._may_speak_for_others():
+            return
+        told = xclient.forwarded(command.argument)
+        if isinstance(told, Reply):
+            self._fault("command", told)
+            return
+        self._forwarded = {**(self._forwarded or {}), **told}
+        self._say(_OK)
 
     def _proxy(self, command: Command) -> None:
         self._refuse("command", replies.NO_PROXY)
@@ -247,6 +283,7 @@ class ServerSession(Conversation):
     def _reset(self) -> None:
         self._abort()
         self._spurned = False
+        self._forwarded = None
 
     def _abort(self) -> None:
         """The transaction, if any, comes to nothing."""
@@ -281,6 +318,9 @@ class ServerSession(Conversation):
         transaction.lmtp = rules.protocol == "lmtp"
         if self._facts:
             transaction.facts["checks"] = dict(self._facts)
+        if self._forwarded is not None:
+            transaction.facts["forwarded"] = {name.lower(): value for name, value in self._forwarded.items() if value is not None}
+            self._forwarded = None
         self._transaction = transaction
         if rules.sender_checks:
             self._ask(SenderAsked(Question("sender", client, self.listener, sender=address), rules.sender_checks))
@@ -494,7 +534,7 @@ _EVERYWHERE: Verbs = {
     "STARTTLS": ServerSession._security,
     "AUTH": ServerSession._security,
     "XCLIENT": ServerSession._xclient,
-    "XFORWARD": ServerSession._xclient,
+    "XFORWARD": ServerSession._xforward,
     "PROXY": ServerSession._proxy,
     **dict.fromkeys(("EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"), ServerSession._not_offered),
 }

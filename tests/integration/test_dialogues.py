@@ -82,7 +82,8 @@ class House:
                 recipients=list(route.recipients),
                 sink="out" if route.relays else "app",
                 acknowledge=route.acknowledge if mixed else "delivered",
-                clients=[ip_network("127.0.0.0/8")] if route.relays else None,
+                clients=list(route.clients) if route.clients else [ip_network("127.0.0.0/8")] if route.relays else None,
+                authenticated=route.authenticated,
             )
             for route in settings.routes
         ]
@@ -96,7 +97,11 @@ class House:
             hostname=HOSTNAME,
             listeners=[
                 ListenerConfig(
-                    address="127.0.0.1:0", protocol=settings.protocol, long_lines=settings.long_lines, bare_newlines=settings.bare_newlines
+                    address="127.0.0.1:0",
+                    protocol=settings.protocol,
+                    long_lines=settings.long_lines,
+                    bare_newlines=settings.bare_newlines,
+                    xclient_from=[ip_network("127.0.0.0/8")] if settings.xclient else [],
                 )
             ],
             # Some dialogues want smaller limits than an operator may set.

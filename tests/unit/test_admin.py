@@ -15,7 +15,7 @@ import pytest
 from gateway.admin import control
 from gateway.admin.control import Control, ControlError, call
 from gateway.admin.http import Site
-from gateway.listener import bind
+from gateway.net.sockets import bind
 
 from ..loops import on_both_loops
 

@@ -22,7 +22,7 @@ from gateway import Gateway, Message, Reply
 from gateway import app as module
 from gateway.admin.control import call
 from gateway.config import Config, ConfigError
-from gateway.listener import bind
+from gateway.net.sockets import bind
 from gateway.observe import Telemetry
 
 from ..loops import on_both_loops

@@ -214,6 +214,9 @@ def explain(file: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 def test_explain_what_is_taken(file: Path) -> None:
     assert run("explain", "-c", file, *EXPLAIN, "--to", "b@app.example").stdout == (
         "listener  127.0.0.1:2525\n"
+        "protocol  smtp, tls off, auth off\n"
+        "limits    10000 connections, 100 of one client; 26214400 octets, 1000 recipients; 300 s between commands, 300 s for one, "
+        "180 s of silence and 500 octets a second in content\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"
         "route     routes[0]: '*@app.example', 'postmaster@mx.example.net', acknowledge durable\n"
         "sinks     app (discard)\n"

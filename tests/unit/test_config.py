@@ -414,6 +414,9 @@ OPEN = (
 )
 
 
+PASSED_ON = 'listeners[0].address: a passed-on socket is known by its number or its name; write "fd:3" or "fd:smtp"'
+
+
 def not_yet(way: str) -> str:
     return f"not available yet in this version; {way}"
 
@@ -461,18 +464,24 @@ def not_yet(way: str) -> str:
         ),
         (
             {"listeners": "[[listeners]]\naddress = 'unix:x'"},
-            ['listeners[0].address: ' + not_yet('write "host:port"')],
+            ['listeners[0].address: the path of a unix socket is absolute; write "unix:/run/gateway/smtp.sock"'],
         ),
         (
             {"listeners": "[[listeners]]\naddress = '[::g]:25'"},
             ["listeners[0].address: '[::g]:25' is no IPv6 address in brackets; write \"[::1]:2525\""],
         ),
-        ({"listeners": "[[listeners]]\naddress = 'fd:x'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
+        ({"listeners": "[[listeners]]\naddress = 'fd:'"}, [PASSED_ON]),
+        ({"listeners": "[[listeners]]\naddress = 'fd:a:b'"}, [PASSED_ON]),
         ({"listeners": "[[listeners]]\naddress = 25"}, ["listeners[0].address: must be text in quotes"]),
         ({"listeners": "listeners = [25]"}, ["listeners[0]: must be a table"]),
         ({"listeners": "listeners = []"}, ['listeners: no address to listen on; write [[listeners]] with address = "127.0.0.1:2525"']),
-        ({"listeners": "[[listeners]]\naddress = 'unix:/run/x'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
-        ({"listeners": "[[listeners]]\naddress = 'fd:3'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
+        ({"listeners": "[[listeners]]\naddress = 'unix:/run/x'\nmode = '0888'"}, ['listeners[0].mode: must be a mode in octal like "0660"']),
+        ({"listeners": "[[listeners]]\naddress = 'unix:/run/x'\nmode = 660"}, ["listeners[0].mode: must be text in quotes"]),
+        (
+            {"listeners": LISTENER + "mode = '0600'"},
+            ['listeners[0].mode: is for an address like "unix:/run/gateway/smtp.sock"; leave it out'],
+        ),
+        ({"listeners": LISTENER + "greet_delay = '61s'"}, ["listeners[0].greet_delay: must be at most 60.0"]),
         ({"listeners": LISTENER + "protocol = 'esmtp'"}, ["listeners[0].protocol: must be one of smtp, submission, lmtp; did you mean 'smtp'?"]),
         ({"listeners": LISTENER + "protocol = 'submission'"}, ['listeners[0].protocol: ' + not_yet('write "smtp"')]),
         (
@@ -493,8 +502,12 @@ def not_yet(way: str) -> str:
         ),
         ({"listeners": LISTENER + "auth = 'offered'"}, ['listeners[0].auth: ' + not_yet('write "off"')]),
         (
-            {"listeners": LISTENER + "proxy_protocol_from = ['10.0.0.0/8']\nxclient_from = ['10.0.0.0/8']"},
-            [f"listeners[0].proxy_protocol_from: {not_yet('leave it out')}", f"listeners[0].xclient_from: {not_yet('leave it out')}"],
+            {"listeners": LISTENER + "proxy_protocol_from = ['10.0.0.1/8']\nxclient_from = ['everybody']"},
+            [
+                "listeners[0].proxy_protocol_from[0]: '10.0.0.1/8' is an address inside a network; "
+                'write "10.0.0.0/8" for the network or leave /8 out',
+                'listeners[0].xclient_from[0]: must be a network or an address like "10.0.0.0/8", "192.0.2.7" or "2001:db8::/32"',
+            ],
         ),
         ({"listeners": LISTENER + "bare_newlines = 'accept'"}, ["listeners[0].bare_newlines: must be one of reject, normalize"]),
         ({"listeners": LISTENER + "long_lines = 'split'"}, ["listeners[0].long_lines: must be one of accept, reject"]),

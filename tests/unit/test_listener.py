@@ -17,7 +17,8 @@ import pytest
 
 from gateway import listener as module
 from gateway.contracts import Answer, Question, Transaction, Verdict
-from gateway.listener import Admission, Listener, SessionIds, bind, plain, spoken
+from gateway.listener import Admission, Listener, SessionIds
+from gateway.net.sockets import bind, plain, spoken
 from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.smtp.server import Rules
