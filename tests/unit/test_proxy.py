@@ -237,6 +237,7 @@ def test_xclient_attributes() -> None:
         "HELO": "[192.0.2.7]",
         "LOGIN": "bürger@x",
     }
+    assert isinstance(told, dict)
     client = xclient.changed(Client("10.0.0.1", 1, "old.example", "ESMTPSA", TLS("TLSv1.3", "x"), "old"), told)
     assert client == Client("2001:db8::9", 25, "[192.0.2.7]", "ESMTP", TLS("TLSv1.3", "x"), "bürger@x")
 
