@@ -388,6 +388,7 @@ class Ticket:
         "_phase",
         "_refused",
         "_splits",
+        "_strays",
         "_timer",
         "_untried",
         "message",
@@ -407,6 +408,7 @@ class Ticket:
         self._follow: list[Row] = []
         self._late: list[tuple[Pending, Sequence[Outcome]]] = []
         self._refused: Mapping[int, Reply] = {}  # LMTP: recipients with an answer of their own
+        self._strays: set[int] = set()  # LMTP: Pendings whose try is out and whose outcome concerns nobody any more
         self._kept = False  # a row of this message is in the spool
         self._failed: Reply | None = None  # the store failed; this is the answer if not all was taken
         self._timer: asyncio.TimerHandle | None = None
@@ -465,6 +467,11 @@ class Ticket:
 
     def settled(self, pending: Pending, outcomes: Sequence[Outcome]) -> None:
         """A first try came back (called by the queue, on the loop)."""
+        if id(pending) in self._strays:
+            self._strays.discard(id(pending))
+            if self._phase == "over" and not self._kept:
+                self._finish_unkept()
+            return
         self._out.discard(id(pending))
         if self._phase == "closed":
             self._late.append((pending, outcomes))
@@ -512,7 +519,9 @@ class Ticket:
             for pending in self._pendings:
                 if id(pending) in self._out and self._intake.queue.withdraw(pending):
                     self._out.discard(id(pending))
-            if route.fallback == "refuse":
+            if self._draft.transaction.lmtp:
+                self._decide_each(route.fallback == "refuse")
+            elif route.fallback == "refuse":
                 self._refuse(NO_VERDICT)
             else:
                 self._judge()
@@ -529,6 +538,30 @@ class Ticket:
                 self._refuse(list(refusals.values()))
                 return
             self._drop(refusals)
+        self._judge()
+        if self._nothing_owed():
+            self._accept(stored=False)
+        else:
+            self._join()
+
+    def _decide_each(self, refuse: bool) -> None:
+        """LMTP, out of time: for whom every sink has spoken its word holds; for the others the fallback."""
+        spoken = {id(pending) for pending, _outcomes in self._outcomes}
+        silent = [pending for pending in self._pendings if id(pending) not in spoken]
+        waiting = {index for pending in silent for index in pending.recipients}
+        refusals = {index: reply for index, reply in self._refusals().items() if index not in waiting}
+        if refuse:
+            refusals |= dict.fromkeys(waiting, NO_VERDICT)
+            for pending in silent:
+                # The sink may take it all the same; nobody will try again.
+                pending.recipients = ()
+                if id(pending) in self._out:
+                    self._out.discard(id(pending))
+                    self._strays.add(id(pending))
+        if len(refusals) == len(self.message.envelope.recipients):
+            self._refuse([refusals[index] for index in sorted(refusals)])
+            return
+        self._drop(refusals)
         self._judge()
         if self._nothing_owed():
             self._accept(stored=False)
@@ -635,7 +668,7 @@ class Ticket:
             listener=transaction.listener,
             client=transaction.client.ip,
             mail_from=transaction.envelope.mail_from,
-            recipients=len(transaction.envelope.recipients),
+            recipients=len(transaction.envelope.recipients) - len(self._refused),
             size=self.message.stored.size,
             stored=stored,
             **self._forwarded(),
@@ -655,13 +688,13 @@ class Ticket:
 
     def _refuse(self, reply: Reply | Sequence[Reply]) -> None:
         if self._draft.transaction.lmtp and isinstance(reply, Reply):
-            reply = [reply] * len(self.message.envelope.recipients)
+            reply = [self._refused.get(index, reply) for index in range(len(self.message.envelope.recipients))]
         self._say(reply)
         self._finish_unkept()
 
     def _finish_unkept(self) -> None:
         """No row needs the file of a large content; the last try that reads it is over."""
-        if not self._out:
+        if not self._out and not self._strays:
             self._draft.forget()
 
     def _say(self, reply: Reply | Sequence[Reply] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 
@@ -350,6 +351,64 @@ async def test_lmtp_across_sinks_keeps_what_one_sink_took() -> None:
         assert stage.codes == [[250, 451]]
         [(_message, pending)] = stage.spool.rows.values()
         assert (pending.sink, pending.recipients) == ("app", (0,))
+
+
+async def test_lmtp_out_of_time_who_has_a_word_hears_it() -> None:
+    """Each sink's own word where there is one; 451 for those whose sink is silent, and nothing more is tried."""
+    app, slow = StagedSink("app"), StagedSink("slow")
+    async with Stage(app, slow) as stage:
+        routes = [
+            delivered("app", fallback="refuse", timeout=0.05),
+            delivered("slow", fallback="refuse", timeout=0.05),
+            delivered("app", fallback="refuse", timeout=0.05),
+        ]
+        stage.send("b@us.example", "c@us.example", "d@us.example", route=routes, lmtp=True)
+        app.settle(OK, NEVER)
+        await asyncio.sleep(0.1)
+        assert stage.codes == [[250, 451, 550]]
+        slow.settle(LATER)
+        await breathe()
+        assert stage.spool.waiting == []
+        assert not stage.spool.rows
+        assert [fields["recipients"] for name, fields in stage.told.events if name == "accepted"] == [1]
+
+
+async def test_lmtp_out_of_time_what_is_promised_is_kept() -> None:
+    app, slow = StagedSink("app"), StagedSink("slow")
+    async with Stage(app, slow) as stage:
+        routes = [delivered("app", timeout=0.05), delivered("slow", timeout=0.05), delivered("app", "slow", timeout=0.05)]
+        stage.send("b@us.example", "c@us.example", "d@us.example", route=routes, lmtp=True)
+        app.settle(NEVER, OK)
+        await asyncio.sleep(0.1)
+        stage.spool.commit()
+        assert stage.codes == [[550, 250, 250]]
+        [(_message, pending)] = stage.spool.rows.values()
+        assert (pending.sink, pending.recipients) == ("slow", (1, 2))
+
+
+async def test_lmtp_a_stray_large_content_goes_when_its_try_is_over() -> None:
+    slow = StagedSink("slow")
+    async with Stage(slow) as stage:
+        route = delivered("slow", fallback="refuse", timeout=0.05)
+        stage.send("b@us.example", content=b"x" * (INLINE_LIMIT + 1), route=route, lmtp=True)
+        await asyncio.sleep(0.1)
+        assert stage.codes == [[451]]
+        (file,) = stage.spool.files.values()
+        assert not file.gone, "the try that is out reads it"
+        slow.settle(LATER)
+        await breathe()
+        assert file.gone
+
+
+async def test_lmtp_a_store_that_fails_changes_no_other_truth() -> None:
+    app, archive = StagedSink("app"), StagedSink("archive")
+    async with Stage(app, archive) as stage:
+        stage.send("b@us.example", "c@us.example", route=[delivered("app", "archive"), delivered("app")], lmtp=True)
+        app.settle(OK, NEVER)
+        archive.settle(LATER)
+        stage.spool.close_group()
+        stage.spool.sync(KNOWN)
+        assert stage.codes == [[451, 550]]
 
 
 async def test_lmtp_durable_answers_for_everyone() -> None:
