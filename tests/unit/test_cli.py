@@ -211,6 +211,27 @@ def explain(file: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     return told
 
 
+def test_explain_how_the_client_comes_in(file: Path) -> None:
+    more = 'address = "127.0.0.1:2525"\nproxy_protocol_from = ["10.0.0.0/8"]\nxclient_from = ["10.1.0.0/16"]\ngreet_delay = "6s"\n'
+    file.write_text(CONFIG.replace('address = "127.0.0.1:2525"\n', more, 1))
+
+    def lines(client: str) -> dict[str, str]:
+        told = run("explain", "-c", file, "--client", client, "--from", "a@client.example", "--to", "b@app.example").stdout
+        return {line[:10].strip(): line[10:] for line in told.splitlines()}
+
+    stranger, proxy, speaker = lines("192.0.2.7"), lines("10.0.0.1"), lines("10.1.0.1")
+    assert stranger["proxy"] == "a PROXY header from here is refused; only 10.0.0.0/8 may send one"
+    assert stranger["greeting"] == "after 6 s of silence"
+    assert "100 of one client" in stranger["limits"]
+    assert proxy["proxy"].startswith("must begin with a PROXY header")
+    assert "not counted by client" in proxy["limits"]
+    assert speaker["xclient"] == "may speak for others (XCLIENT, XFORWARD)"
+    assert "xclient" not in stranger | proxy
+    assert "greeting" not in speaker
+    dialogue = explain(file, "--client", "10.1.0.1", "--from", "a@client.example", "--to", "b@app.example")["dialogue"]
+    assert any(line.startswith("< 250-XCLIENT ") for line in dialogue)
+
+
 def test_explain_what_is_taken(file: Path) -> None:
     assert run("explain", "-c", file, *EXPLAIN, "--to", "b@app.example").stdout == (
         "listener  127.0.0.1:2525\n"
