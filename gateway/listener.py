@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import socket
+import ssl
 import termios
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,9 +30,10 @@ from itertools import count
 from typing import Protocol, cast
 
 from .contracts import Draft, Intake, Observer, Verdict
-from .message import Client
+from .message import TLS, Client
+from .net.secure import SecureTransport
 from .reply import Reply
-from .smtp.server import Asked, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession
+from .smtp.server import Asked, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession, TLSWanted
 
 #: Clients that wait to be accepted; the kernel takes its own limit if that is lower.
 BACKLOG = 4096
@@ -45,6 +47,8 @@ SWEEP = 1.0
 RATE_GRACE = 30.0
 #: Time-outs (seconds) while nearly all connections are taken.
 STRESS_TIMEOUT = 10.0
+#: The same for a TLS handshake.
+STRESS_HANDSHAKE = 5.0
 #: Share of the connections from which on a listener is under stress.
 STRESS = 0.9
 #: Seconds that a closed connection is still read, so that a reset does not overtake our last reply.
@@ -66,7 +70,7 @@ SHUTTING_DOWN = Reply(421, "4.3.2", "shutting down, try again later")
 BUG = Reply(421, "4.3.0", "internal fault, try again later")
 
 # What a connection waits for, as far as its deadline goes.
-NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING = range(6)
+NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING, HANDSHAKE = range(7)
 
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 _NOTHING = b"\0\0\0\0"
@@ -86,6 +90,8 @@ class Limits(Protocol):
     def data_timeout(self) -> float: ...
     @property
     def idle_timeout(self) -> float: ...
+    @property
+    def handshake_timeout(self) -> float: ...
     @property
     def minimum_rate(self) -> int: ...
 
@@ -191,11 +197,14 @@ class Listener:
         admission: Admission,
         session_ids: Callable[[], str],
         shared: bool = False,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        """``shared``: other processes take connections from this socket as well."""
+        """``shared``: other processes take connections from this socket as well. ``context``: what
+        handshakes begin with from now on, where the rules have TLS; may be replaced at any time."""
         self.sock = sock
         self.name = spoken(sock.getsockname())
         self.rules = rules
+        self.context = context
         self.intake = intake
         self.observer = observer
         self.admission = admission
@@ -235,9 +244,10 @@ class Listener:
             os.close(self._spare)
             self._spare = None
 
-    def go_by(self, rules: Rules) -> None:
-        """From now on these rules hold, for those that are in as well."""
+    def go_by(self, rules: Rules, context: ssl.SSLContext | None = None) -> None:
+        """From now on these rules hold, for those that are in as well; ``context``: as at the beginning."""
         self.rules = rules
+        self.context = context
         for connection in self.connections:
             connection.session.rules = rules
 
@@ -299,7 +309,8 @@ class Listener:
         self.observer.event("shed", reason=reply.text, listener=self.name, client=ip)
         try:
             sock.setblocking(False)
-            sock.send(reply.wire)
+            if self.rules.tls != "implicit":  # in clear it would not be understood there
+                sock.send(reply.wire)
         except OSError:
             pass
         sock.close()
@@ -367,8 +378,9 @@ class Listener:
             min(limits.command_timeout, most),
             min(limits.data_timeout, most),
         )
+        handshake = min(limits.handshake_timeout, STRESS_HANDSHAKE if self.admission.stress else most)
         for connection in tuple(self.connections):
-            connection.look(now, late)
+            connection.look(now, late, handshake)
 
     def left(self, connection: Connection) -> None:
         self.connections.discard(connection)
@@ -446,11 +458,17 @@ class Connection(asyncio.Protocol):
         listener.connections.add(self)
         listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip)
         try:
-            # A client that talks before it is greeted is not waiting for us to agree to anything.
-            early = fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
-            self._run(self.session.start(early))
+            if listener.rules.tls == "implicit":
+                self._shake()
+            else:
+                # A client that talks before it is greeted is not waiting for us to agree to anything.
+                self._run(self.session.start(self._early()))
         except Exception as error:
             self._bug(error)
+
+    def _early(self) -> bool:
+        """Octets are there that nobody read yet."""
+        return fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
@@ -482,6 +500,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         was_closing = self._phase == CLOSING
+        if self._phase == HANDSHAKE:
+            self._tell_insecure("the connection was lost within the handshake")
         self._phase = CLOSING
         self._disarm()
         if not (self._ended or was_closing):
@@ -495,6 +515,8 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stuck = True
+        if self._phase == HANDSHAKE:
+            return  # it goes on, and has a deadline of its own
         self._hold(True)
         self._wait(STUCK)
 
@@ -502,6 +524,46 @@ class Connection(asyncio.Protocol):
         self._stuck = False
         if self._running is None:
             self._settle()
+
+    # ------------------------------------------------------------------- TLS
+
+    def _shake(self) -> None:
+        """From here on the client speaks TLS; ``secured`` or ``insecure`` follows."""
+        context = self.listener.context
+        if context is None:
+            raise RuntimeError(f"{self.listener.name} has TLS and no certificate")
+        self._wait(HANDSHAKE)
+        self._transport = cast(asyncio.Transport, SecureTransport(self._transport, self, context))
+        if self._stopped:
+            self._hold(False)
+
+    def secured(self, tls: TLS, early: bool) -> None:
+        """See ``net.secure.Above``."""
+        session = self.session
+        self._phase = OURS
+        try:
+            session.secured(tls)
+            self.client = session.client
+            if session.awaiting == "greeting":
+                self._run(session.start(early))
+            else:
+                self._settle()
+        except Exception as error:
+            self._bug(error)
+
+    def insecure(self, reason: str) -> None:
+        """See ``net.secure.Above``."""
+        if self._phase != CLOSING:
+            self._tell_insecure(reason)
+            self._close()
+
+    def _leave(self) -> None:
+        """Nothing can be said within a handshake."""
+        self._phase = CLOSING
+        self.cut()
+
+    def _tell_insecure(self, reason: str) -> None:
+        self.listener.observer.event("tls_failed", session=self.id, listener=self.listener.name, client=self.client.ip, reason=reason)
 
     # ---------------------------------------------------------------- events
 
@@ -550,6 +612,9 @@ class Connection(asyncio.Protocol):
             listener.intake.ask(event.question, event.checks, self._judged)
         elif isinstance(event, MailAborted):
             self._abort(event.number)
+        elif isinstance(event, TLSWanted):
+            # Whatever is there before our 220 was not sent in answer to it.
+            self._run(self.session.secure(self._early()))
         else:
             raise TypeError(f"no way to carry out {event!r}")
 
@@ -592,7 +657,7 @@ class Connection(asyncio.Protocol):
     def _settle(self) -> None:
         """Write, close, pause, resume and set the clock as the session and its mail now want it."""
         session = self.session
-        if self._phase == CLOSING or self._transport.is_closing():
+        if self._phase >= CLOSING or self._transport.is_closing():
             return
         if session.delay:
             if self._timer is None:
@@ -610,6 +675,9 @@ class Connection(asyncio.Protocol):
             self._timer = self.listener.loop.call_soon(self._proceed)
         draft = self._draft
         awaiting = session.awaiting
+        if awaiting == "handshake":
+            self._shake()
+            return
         # Until the greeting is out nobody may talk: whoever does is to be noticed.
         hold = self._stuck or session.more or (session.paused and awaiting != "greeting") or (draft is not None and draft.full)
         if hold is not self._stopped:
@@ -651,8 +719,8 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
-    def look(self, now: float, late: tuple[float, float, float]) -> None:
-        """Is the deadline over? ``late``: seconds by phase (NEXT, COMMAND, CONTENT)."""
+    def look(self, now: float, late: tuple[float, float, float], handshake: float) -> None:
+        """Is the deadline over? ``late``: seconds by phase (NEXT, COMMAND, CONTENT); ``handshake``: for all of it."""
         phase = self._phase
         waited = now - self._since
         if phase <= CONTENT:
@@ -662,6 +730,10 @@ class Connection(asyncio.Protocol):
         elif phase == STUCK:
             if waited > late[COMMAND]:
                 self.cut()
+        elif phase == HANDSHAKE:
+            if waited > handshake:
+                self._tell_insecure("the handshake took too long")
+                self._leave()
         elif phase == CLOSING and waited > LINGER and (waited > LAST_WORD or not self._transport.get_write_buffer_size()):
             self.cut()
 
@@ -670,6 +742,9 @@ class Connection(asyncio.Protocol):
     def stop(self, reply: Reply) -> None:
         """Say ``reply`` and close; mail after its end of data is answered before."""
         if self._phase == CLOSING:
+            return
+        if self._phase == HANDSHAKE:
+            self._leave()
             return
         try:
             self._run(self.session.stop(reply))
@@ -719,7 +794,7 @@ class Connection(asyncio.Protocol):
         """Nothing here can be relied on any more. What is after its end of data gets no word,
         because the truth about it comes later."""
         self._tell(error)
-        if self._phase == CLOSING or self._transport.is_closing():
+        if self._phase in (CLOSING, HANDSHAKE) or self._transport.is_closing():
             self.cut()
             return
         owed = bool(self._owed)

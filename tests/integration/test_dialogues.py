@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import trustme
 import uvloop
 
 from gateway import Gateway, Message, Reply
@@ -91,12 +92,23 @@ class House:
             sinks["out"] = RelayConfig(hosts=[self._upstream.address], tls="off", binarymime=settings.binarymime, on_failure="dead_letter")
             routes.append(RouteConfig(recipients=["nobody@relay.invalid"], sink="out"))
         limits = {name: field.default for name, field in Limits.model_fields.items()}
+        certified: dict[str, Any] = {}
+        if settings.tls != "off":
+            pair = trustme.CA().issue_cert(HOSTNAME)
+            certified = {"certificate": self._folder / "certificate.pem", "key": self._folder / "key.pem"}
+            pair.cert_chain_pems[0].write_to_path(certified["certificate"])
+            pair.private_key_pem.write_to_path(certified["key"])
         limits |= {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in limits}
         return Config(
             hostname=HOSTNAME,
             listeners=[
                 ListenerConfig(
-                    address="127.0.0.1:0", protocol=settings.protocol, long_lines=settings.long_lines, bare_newlines=settings.bare_newlines
+                    address="127.0.0.1:0",
+                    protocol=settings.protocol,
+                    long_lines=settings.long_lines,
+                    bare_newlines=settings.bare_newlines,
+                    tls=settings.tls,
+                    **certified,
                 )
             ],
             # Some dialogues want smaller limits than an operator may set.
