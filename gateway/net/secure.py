@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from ..message import TLS
 
 #: Octets that are given to OpenSSL at a time: its buffer grows to what it is given, and stays so.
-SLICE = 16 * 1024
+SLICE = 8 * 1024
 #: Octets of plain text in one record (RFC 8446 §5.1), the most that one read gives.
 RECORD = 16 * 1024
 
