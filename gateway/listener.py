@@ -244,7 +244,7 @@ class Listener:
             os.close(self._spare)
             self._spare = None
 
-    def go_by(self, rules: Rules, context: ssl.SSLContext | None = None) -> None:
+    def go_by(self, rules: Rules, context: ssl.SSLContext | None) -> None:
         """From now on these rules hold, for those that are in as well; ``context``: as at the beginning."""
         self.rules = rules
         self.context = context
