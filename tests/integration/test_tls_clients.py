@@ -164,7 +164,16 @@ def test_smtplib(house: GatewayProcess, webhook: HttpReceiver) -> None:
 
 def s_client(house: GatewayProcess, which: int, *options: str, stdin: str = "QUIT\n", code: int = 0) -> str:
     started = ["-starttls", "smtp"] if which in (STARTTLS, CLIENT_CERTIFICATE) else ["-starttls", "lmtp"] if which == LMTP else []
-    return run("openssl", "s_client", "-connect", house.addresses[which], "-crlf", *started, *options, stdin=stdin, code=code)
+    command = ["openssl", "s_client", "-connect", house.addresses[which], "-crlf", *started, *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        told = ""
+        # It would talk before it is greeted.
+        while which == IMPLICIT and "\n220 " not in told and (line := process.stdout.readline()):
+            told += line
+        told += process.communicate(stdin, timeout=60)[0]
+    assert process.returncode == code, told
+    return told
 
 
 @pytest.mark.parametrize("which", [STARTTLS, IMPLICIT, LMTP])
