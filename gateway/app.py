@@ -24,6 +24,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import tempfile
 import time
 import traceback
@@ -45,6 +46,7 @@ from .listener import Admission, Door, Listener, SessionIds
 from .message import Message
 from .net import notify
 from .net.sockets import bind, bind_unix, passed_on, spoken
+from .net.tls import CertificateError, Identity
 from .observe import Telemetry
 from .queue import LaneSettings, Queue
 from .reply import Reply
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
 RECOVER = 75
 #: Seconds between looks at the spool's health.
 WATCH = 0.25
+#: Seconds between looks at the files of certificates.
+WATCH_CERTIFICATES = 5.0
 #: Seconds for answers that are still owed when the spool can no longer be trusted.
 LAST_ANSWERS = 1.0
 #: Room that must be free, as a multiple of the largest message.
@@ -123,6 +127,40 @@ def bind_admin(config: Config) -> socket.socket | None:
         return bind(*split_address(config.admin.address))
     except OSError as error:
         raise ConfigError([f"admin.address: cannot listen on {config.admin.address}: {error.strerror or error}"]) from None
+
+
+def identities(config: Config) -> list[Identity | None]:
+    """What each listener proves who it is with; None where it has no TLS."""
+    return [
+        None if listener.tls == "off" else Identity(listener.pairs, listener.client_ca, listener.client_certificate == "required")
+        for listener in config.listeners
+    ]
+
+
+def contexts(config: Config) -> list[ssl.SSLContext | None]:
+    """The TLS context of each listener, from what its files hold now. Raises ConfigError with every fault."""
+    made: list[ssl.SSLContext | None] = []
+    faults: list[str] = []
+    for number, identity in enumerate(identities(config)):
+        try:
+            made.append(None if identity is None else identity.context())
+        except CertificateError as error:
+            faults.append(f"listeners[{number}].{_key_of(config.listeners[number], error.file)}: {error}")
+    if faults:
+        raise ConfigError(faults)
+    return made
+
+
+def _key_of(listener: ListenerConfig, file: Path) -> str:
+    """The key of the file under which this path was given."""
+    for key in ("certificate", "key", "client_ca"):
+        if getattr(listener, key) == file:
+            return key
+    for number, pair in enumerate(listener.certificates):
+        for key in ("certificate", "key"):
+            if getattr(pair, key) == file:
+                return f"certificates[{number}].{key}"
+    return "certificates"
 
 
 def control_path(config: Config, worker: int) -> Path:
@@ -190,6 +228,9 @@ class Gateway:
         self._control: Control | None = None
         self._site: Site | None = None
         self._watcher: asyncio.TimerHandle | None = None
+        self._certificate_watcher: asyncio.TimerHandle | None = None
+        #: How the files of each listener's certificates were when they were last looked at.
+        self._stamps: list[tuple[object, ...]] = []
         self._counts: Mapping[tuple[str, str], tuple[int, float]] = {}
         self._broken: str | None = None
         #: Set: end (``run``), and: end at once.
@@ -291,6 +332,8 @@ class Gateway:
 
     async def _start(self, config: Config) -> None:
         telemetry, place = self.telemetry, self._place
+        self._stamps = _stamps(config)
+        secured = contexts(config)
         admin = bind_admin(config) if place is None else None
         if admin is not None:
             self._sockets.append(admin)
@@ -335,7 +378,7 @@ class Gateway:
         )
         self._admission = Admission(config.limits, descriptors=_descriptors(), workers=1 if place is None else place.workers)
         session_ids = SessionIds()
-        for sock, rules, entry in zip(sockets, self._rules(config), config.listeners, strict=True):
+        for sock, rules, context, entry in zip(sockets, self._rules(config), secured, config.listeners, strict=True):
             self._listeners.append(
                 Listener(
                     sock,
@@ -347,9 +390,11 @@ class Gateway:
                     shared=place is not None,
                     lent=entry.address.startswith("fd:"),
                     door=door(entry),
+                    context=context,
                 )
             )
         self._watch()
+        self._watch_certificates()
         for listener in self._listeners:
             listener.start()
             if place is None:
@@ -425,12 +470,32 @@ class Gateway:
         if fixed:
             raise ConfigError([f"{name}: only a restart can change this" for name in fixed])
         rules = self._rules(config)
+        stamps = _stamps(config)
+        secured = contexts(config)
         self.config = config
+        self._stamps = stamps
         if self._admission is not None:
             self._admission.limits = config.limits
-        for listener, new, entry in zip(self._listeners, rules, config.listeners, strict=True):
-            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry))
+        for listener, new, context, entry in zip(self._listeners, rules, secured, config.listeners, strict=True):
+            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry), context)
         self.telemetry.event("reloaded")
+
+    def _watch_certificates(self) -> None:
+        """Files of certificates that were replaced are taken at once, without being asked. Where they
+        do not fit together (one of two was written so far) the old ones stay, until more changes."""
+        self._certificate_watcher = asyncio.get_running_loop().call_later(WATCH_CERTIFICATES, self._watch_certificates)
+        stamps = _stamps(self.config)
+        if stamps == self._stamps:
+            return
+        self._stamps = stamps
+        try:
+            secured = contexts(self.config)
+        except ConfigError as error:
+            self.telemetry.event("certificates_refused", faults=error.faults)
+            return
+        for listener, context in zip(self._listeners, secured, strict=True):
+            listener.context = context
+        self.telemetry.event("certificates_reloaded")
 
     def _reload(self) -> None:
         """SIGHUP: the file again, if there is one. A worker waits for its supervisor's word."""
@@ -482,8 +547,9 @@ class Gateway:
         self._state = "stopped"
         for listener in self._listeners:
             listener.close()
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for timer in (self._watcher, self._certificate_watcher):
+            if timer is not None:
+                timer.cancel()
         left = 0
         # What is still out at a sink is deferred, and the spool is told: in this order.
         if self._queue is not None:
@@ -658,6 +724,10 @@ def serve(config: Config, *, log: Log = "json", config_path: str | None = None) 
         return gateway.run()
     finally:
         telemetry.close()
+
+
+def _stamps(config: Config) -> list[tuple[object, ...]]:
+    return [() if identity is None else identity.stamp() for identity in identities(config)]
 
 
 def _site() -> type[Site]:

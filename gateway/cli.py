@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_FILE = Path("gateway.toml")
 #: Rows that ``queue list`` shows unless told otherwise.
 LIST_LIMIT = 100
+#: Days before its end from which ``check`` speaks of a certificate.
+EXPIRES_SOON = 14
 
 CONFIG = click.option(
     "-c", "--config", "file", type=click.Path(path_type=Path), help="The configuration; gateway.toml here if it is there."
@@ -148,7 +150,8 @@ def check(file: Path | None, as_json: bool) -> None:
     faults: list[str] = []
     warnings: list[str] = []
     try:
-        warnings = Config.load(path).warnings()
+        config = Config.load(path)
+        warnings = config.warnings() + _expiring(config)
     except ConfigError as error:
         faults = error.faults
     if as_json:
@@ -168,10 +171,19 @@ def check(file: Path | None, as_json: bool) -> None:
 @click.option("--to", "recipient", required=True, metavar="ADDRESS")
 @click.option("--helo", default="client.example", show_default=True, metavar="NAME")
 @click.option("--user", metavar="NAME", help="As if this user had logged in.")
+@click.option("--tls/--clear", default=None, help="With TLS or without; as much as the listener demands unless said.")
 @click.option("--listener", "address", metavar="ADDR", help="Which listener, if there are several; the first unless said.")
 @JSON
 def explain(
-    file: Path | None, client: str, sender: str, recipient: str, helo: str, user: str | None, address: str | None, as_json: bool
+    file: Path | None,
+    client: str,
+    sender: str,
+    recipient: str,
+    helo: str,
+    user: str | None,
+    tls: bool | None,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Tell what would become of one mail: listener, checks, route, sinks and the reply.
 
@@ -190,7 +202,12 @@ def explain(
     listeners = {listener.address: listener for listener in config.listeners}
     if address is not None and address not in listeners:
         raise click.BadParameter(f"The file has {', '.join(listeners)}.", param_hint="--listener")
-    told = _explained(config, listeners[address] if address else config.listeners[0], ip, sender, recipient, helo, user)
+    listener = listeners[address] if address else config.listeners[0]
+    if tls and listener.tls == "off":
+        raise click.BadParameter(f"{listener.address} has no TLS.", param_hint="--tls")
+    if tls is False and listener.tls == "implicit":
+        raise click.BadParameter(f"{listener.address} has TLS from the first octet.", param_hint="--clear")
+    told = _explained(config, listener, ip, sender, recipient, helo, user, listener.tls in ("required", "implicit") if tls is None else tls)
     if as_json:
         _print_json(told)
     else:
@@ -208,6 +225,12 @@ def explain(
 @click.option("--attach", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="May be repeated.")
 @click.option("--message", type=click.Path(path_type=Path), help="Send this file instead, octet for octet; '-' is standard input.")
 @click.option("--lmtp", is_flag=True, help="Speak LMTP.")
+@click.option("--tls", is_flag=True, help="By STARTTLS; nothing of the mail is said in clear.")
+@click.option("--implicit-tls", is_flag=True, help="TLS from the first octet (port 465).")
+@click.option("--ca-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Trust these authorities, not the machine's.")
+@click.option("--insecure", is_flag=True, help="Take any certificate.")
+@click.option("--certificate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Ours, PEM.")
+@click.option("--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key, if it is in a file of its own.")
 @click.option("--helo", default="", metavar="NAME", help="The machine's name unless said.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds for each reply.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not show the dialogue.")
@@ -221,6 +244,12 @@ def send(
     attach: tuple[Path, ...],
     message: Path | None,
     lmtp: bool,
+    tls: bool,
+    implicit_tls: bool,
+    ca_file: Path | None,
+    insecure: bool,
+    certificate: Path | None,
+    key: Path | None,
     helo: str,
     timeout: float,
     quiet: bool,
@@ -232,6 +261,12 @@ def send(
         raise click.UsageError("Name the server once.")
     if message is not None and (subject is not None or text is not None or attach):
         raise click.UsageError("--message is the whole mail: --subject, --text and --attach cannot be added.")
+    if tls and implicit_tls:
+        raise click.UsageError("Give --tls or --implicit-tls.")
+    if not (tls or implicit_tls) and (ca_file or insecure or certificate or key):
+        raise click.UsageError("--ca-file, --insecure, --certificate and --key want --tls or --implicit-tls.")
+    if key is not None and certificate is None:
+        raise click.UsageError("--key wants --certificate.")
     code = tool.run(
         server or server_option or "127.0.0.1:2525",
         sender,
@@ -243,6 +278,7 @@ def send(
         protocol="lmtp" if lmtp else "smtp",
         helo=helo,
         timeout=timeout,
+        tls=tool.Security(implicit_tls, ca_file, insecure, certificate, key) if tls or implicit_tls else None,
         quiet=quiet,
     )
     sys.exit(code)
@@ -276,6 +312,26 @@ def version(as_json: bool) -> None:
         return
     for name, number in versions.items():
         click.echo(f"{name:<18}{number}")
+
+
+def _expiring(config: Config) -> list[str]:
+    """Reads the certificates. Raises ConfigError where they cannot be used."""
+    import time
+
+    if all(listener.tls == "off" for listener in config.listeners):
+        return []
+    from .app import contexts
+    from .net.tls import ends_at
+
+    contexts(config)
+    found = []
+    for number, listener in enumerate(config.listeners):
+        for certificate, _ in listener.pairs if listener.tls != "off" else ():
+            left = (ends_at(certificate) - time.time()) / 86400
+            if left < EXPIRES_SOON:
+                when = "has expired" if left < 0 else f"expires in {left:.0f} days"
+                found.append(f"listeners[{number}]: {certificate} {when}")
+    return found
 
 
 # -------------------------------------------------------------------------------- queue
@@ -596,13 +652,15 @@ def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
 
 
 def _explained(
-    config: Config, listener: ListenerConfig, ip: str, sender: str, recipient: str, helo: str, user: str | None
+    config: Config, listener: ListenerConfig, ip: str, sender: str, recipient: str, helo: str, user: str | None, tls: bool
 ) -> dict[str, Any]:
     """What a session of this listener says to this mail, and why."""
+    from dataclasses import replace
+
     from .app import door
     from .contracts import Verdict
-    from .message import Client
-    from .smtp.server import Asked, MailStarted, ServerSession
+    from .message import TLS, Client
+    from .smtp.server import Asked, MailStarted, ServerSession, TLSWanted
 
     routes = config.table()
     trusted = door(listener).trusts(ip)
@@ -616,6 +674,8 @@ def _explained(
             if isinstance(event, Asked):
                 checks.extend({"check": name, "stage": event.question.stage} for name in event.checks)
                 follow(session.verdict(Verdict()))
+            elif isinstance(event, TLSWanted):
+                follow(session.secure())
             elif isinstance(event, MailStarted):
                 taken.extend(event.transaction.routes)
 
@@ -632,10 +692,22 @@ def _explained(
         dialogue.extend(f"< {one}" for one in lines)
         return lines[-1] if lines else ""
 
+    def secure() -> None:
+        session.secured(TLS("", ""))
+        # Whoever logs in does so under TLS.
+        session.client = replace(session.client, user=user)
+
     utf8 = "" if sender.isascii() and recipient.isascii() else " SMTPUTF8"
+    hello = f"{'LHLO' if listener.protocol == 'lmtp' else 'EHLO'} {helo}"
+    if listener.tls == "implicit":
+        secure()
     reply, stage = say(None), "connect"
+    if tls and listener.tls != "implicit" and reply.startswith("2"):
+        reply, stage = say("STARTTLS"), "command"
+        if reply.startswith("2"):
+            secure()
     for next_stage, line in (
-        ("hello", f"{'LHLO' if listener.protocol == 'lmtp' else 'EHLO'} {helo}"),
+        ("hello", hello),
         ("mail", f"MAIL FROM:<{sender}>{utf8}"),
         ("recipient", f"RCPT TO:<{recipient}>"),
     ):
@@ -657,6 +729,7 @@ def _explained(
         "listener": listener.address,
         "door": _door(listener, ip),
         "limits": config.limits.model_dump(),
+        "tls": {"offered": listener.tls, "used": tls},
         "client": ip,
         "from": sender,
         "to": recipient,
@@ -692,7 +765,6 @@ def _door(listener: ListenerConfig, ip: str) -> dict[str, Any]:
 def _told_door(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is worth a line."""
     here, limits = told["door"], told["limits"]
-    yield "protocol", f"{here['protocol']}, tls {here['tls']}, auth {here['auth']}"
     if here["proxy_header"] == "demanded":
         yield "proxy", "must begin with a PROXY header, or is cut off unheard; explained is one that keeps this address (LOCAL)"
     elif here["proxies"]:
@@ -739,6 +811,8 @@ def _print_explained(told: dict[str, Any]) -> None:
     listed = ", ".join(repr(pattern) for pattern in route["recipients"]) if route else ""
     rows = [
         ("listener", told["listener"]),
+        ("protocol", told["door"]["protocol"]),
+        ("tls", _tls_shown(told["tls"])),
         *_told_door(told),
         ("checks", ", ".join(f"{check['check']} ({check['stage']})" for check in told["checks"]) or "none"),
         ("route", f"routes[{route['number']}]: {listed}, acknowledge {route['acknowledge']}" if route else "none"),
@@ -749,6 +823,13 @@ def _print_explained(told: dict[str, Any]) -> None:
         click.echo(f"{name:<10}{quiet(text)}")
     for reason in told["why"]:
         click.echo(f"{'':<10}{quiet(reason)}")
+
+
+def _tls_shown(tls: dict[str, Any]) -> str:
+    way = {"off": "off", "starttls": "STARTTLS offered", "required": "STARTTLS required", "implicit": "from the first octet"}[
+        tls["offered"]
+    ]
+    return way if tls["offered"] == "off" else f"{way}; this mail {'with it' if tls['used'] else 'in clear'}"
 
 
 def _print_json(value: Any) -> None:

@@ -51,6 +51,7 @@ from .route import Network, Route, Routes, everybody
 __all__ = [
     "Admin",
     "Bounces",
+    "CertificateConfig",
     "CheckConfig",
     "Config",
     "ConfigError",
@@ -408,15 +409,29 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------- the tables
 
 
+class CertificateConfig(Table):
+    """``[[listeners.certificates]]``: a further certificate, for the names that stand in it (SNI)."""
+
+    certificate: ExistingFile
+    key: ExistingFile
+
+
 class ListenerConfig(Table):
     """``[[listeners]]``: one bound address and what is spoken there. ``mode`` in octal, of a unix
-    socket. ``greet_delay`` in seconds."""
+    socket. ``greet_delay`` in seconds.
+
+    ``certificate`` with ``key``, else the first of ``certificates``, is for clients that ask for no
+    name we have. ``client_ca``: whose client certificates are asked for; with
+    ``client_certificate = "required"`` there is no TLS without one."""
 
     address: ListenAddress
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
     certificate: ExistingFile | None = None
     key: ExistingFile | None = None
+    certificates: list[CertificateConfig] = []
+    client_ca: ExistingFile | None = None
+    client_certificate: Literal["optional", "required"] = "optional"
     auth: Literal["off", "offered", "required"] = "off"
     mode: Annotated[str, AfterValidator(_mode)] = "0660"
     greet_delay: Annotated[Duration, Field(le=60.0)] = 0.0
@@ -427,11 +442,22 @@ class ListenerConfig(Table):
 
     @classmethod
     def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        tls = table.get("tls", "off") != "off"
         for given, other in (("certificate", "key"), ("key", "certificate")):
-            if table.get(given) is None and (table.get("tls", "off") != "off" or table.get(other) is not None):
+            if table.get(given) is None and ((tls and not table.get("certificates")) or table.get(other) is not None):
                 yield given, f"is missing: {other if table.get(other) is not None else 'tls'} needs it"
         if table.get("mode") not in (None, "0660") and not str(table.get("address", "")).startswith("unix:"):
             yield "mode", 'is for an address like "unix:/run/gateway/smtp.sock"; leave it out'
+        if table.get("client_ca") is not None and not tls:
+            yield "client_ca", 'tls is off; write tls = "required" (or "starttls", or "implicit")'
+        if table.get("client_certificate", "optional") != "optional" and table.get("client_ca") is None:
+            yield "client_certificate", "client_ca is missing: it says whose certificates are good"
+
+    @property
+    def pairs(self) -> tuple[tuple[Path, Path], ...]:
+        """Every certificate with its key, the one for everybody first."""
+        first = [] if self.certificate is None or self.key is None else [(self.certificate, self.key)]
+        return (*first, *((pair.certificate, pair.key) for pair in self.certificates))
 
 
 class Limits(Table):
@@ -448,6 +474,7 @@ class Limits(Table):
     command_timeout: Deadline = 300.0
     data_timeout: Deadline = 180.0
     idle_timeout: Deadline = 300.0
+    handshake_timeout: Deadline = 30.0
     minimum_rate: Size = 500
     hops: Annotated[int, Field(ge=1, le=1000)] = 100
     memory: Annotated[Size, Field(ge=2**20)] = 128 * 2**20
@@ -743,7 +770,6 @@ NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("users",), _off, "leave it out"),
     (("users_file",), _off, "leave it out"),
     (("listeners", "*", "protocol"), lambda value: value == "submission", 'write "smtp"'),
-    (("listeners", "*", "tls"), lambda value: value in ("starttls", "required", "implicit"), 'write "off"'),
     (("listeners", "*", "auth"), lambda value: value in ("offered", "required"), 'write "off"'),
     (("spool", "engine"), lambda value: value == "postgres", 'write "sqlite"'),
     (("spool", "dsn"), _off, "leave it out"),

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import socket
+import ssl
 import termios
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,12 +31,25 @@ from itertools import count
 from typing import Protocol, cast
 
 from .contracts import Draft, Intake, Observer, Verdict
-from .message import Client
+from .message import TLS, Client
+from .net.secure import SecureTransport
 from .net.sockets import BACKLOG, spoken, whence
 from .reply import Reply
 from .route import Network
 from .smtp import proxy
-from .smtp.server import Asked, ClientNamed, Event, MailAborted, MailContent, MailFinished, MailStarted, Refused, Rules, ServerSession
+from .smtp.server import (
+    Asked,
+    ClientNamed,
+    Event,
+    MailAborted,
+    MailContent,
+    MailFinished,
+    MailStarted,
+    Refused,
+    Rules,
+    ServerSession,
+    TLSWanted,
+)
 
 #: Connections taken in one turn of the loop, so that those that are in get their turn too.
 BATCH = 16
@@ -47,6 +61,8 @@ SWEEP = 1.0
 RATE_GRACE = 30.0
 #: Time-outs (seconds) while nearly all connections are taken.
 STRESS_TIMEOUT = 10.0
+#: The same for a TLS handshake.
+STRESS_HANDSHAKE = 5.0
 #: Share of the connections from which on a listener is under stress.
 STRESS = 0.9
 #: Seconds that a closed connection is still read, so that a reset does not overtake our last reply.
@@ -72,7 +88,7 @@ SHUTTING_DOWN = Reply(421, "4.3.2", "shutting down, try again later")
 BUG = Reply(421, "4.3.0", "internal fault, try again later")
 
 # What a connection waits for, as far as its deadline goes.
-NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING = range(6)
+NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING, HANDSHAKE = range(7)
 
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 _NOTHING = b"\0\0\0\0"
@@ -92,6 +108,8 @@ class Limits(Protocol):
     def data_timeout(self) -> float: ...
     @property
     def idle_timeout(self) -> float: ...
+    @property
+    def handshake_timeout(self) -> float: ...
     @property
     def minimum_rate(self) -> int: ...
 
@@ -195,13 +213,16 @@ class Listener:
         shared: bool = False,
         lent: bool = False,
         door: Door | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         """``shared``: other processes take connections from this socket as well. ``lent``: it was
-        passed on to us, and whoever waits at our end is for the next to whom it is."""
+        passed on to us, and whoever waits at our end is for the next to whom it is. ``context``: what
+        handshakes begin with from now on, where the rules have TLS; may be replaced at any time."""
         self.sock = sock
         self.door = door or Door()
         self.name = spoken(sock.getsockname())
         self.rules = rules
+        self.context = context
         self.intake = intake
         self.observer = observer
         self.admission = admission
@@ -242,9 +263,11 @@ class Listener:
             os.close(self._spare)
             self._spare = None
 
-    def go_by(self, rules: Rules, door: Door | None = None) -> None:
-        """From now on these rules hold, for those that are in as well; ``door`` for those that come."""
+    def go_by(self, rules: Rules, door: Door | None = None, context: ssl.SSLContext | None = None) -> None:
+        """From now on these rules hold, for those that are in as well; ``door`` for those that come;
+        ``context``: as at the beginning."""
         self.rules = rules
+        self.context = context
         if door is not None:
             self.door = door
         for connection in self.connections:
@@ -314,7 +337,8 @@ class Listener:
         self.observer.event("shed", reason=reply.text, listener=self.name, client=ip)
         try:
             sock.setblocking(False)
-            sock.send(reply.wire)
+            if self.rules.tls != "implicit":  # in clear it would not be understood there
+                sock.send(reply.wire)
             # A header that nobody read would turn the close into a reset, which overtakes the reply.
             sock.recv(proxy.V2_LIMIT)
         except OSError:
@@ -452,8 +476,9 @@ class Listener:
             min(limits.command_timeout, most),
             min(limits.data_timeout, most),
         )
+        handshake = min(limits.handshake_timeout, STRESS_HANDSHAKE if self.admission.stress else most)
         for connection in tuple(self.connections):
-            connection.look(now, late)
+            connection.look(now, late, handshake)
 
     def greet_delay(self, client: Client) -> float:
         """Seconds for which this client waits for its greeting. Those that speak for others are ours."""
@@ -551,16 +576,23 @@ class Connection(asyncio.Protocol):
         listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip, **(self._through or {}))
         self._through = None
         try:
-            # A client that talks before it is greeted is not waiting for us to agree to anything.
-            early = fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
-            delay = listener.greet_delay(self.client)
-            if delay and not early:
-                self._timer = listener.loop.call_later(delay, self._greet)
+            if listener.rules.tls == "implicit":
+                # What is in the socket is the handshake; who talks too early is known when that is over.
+                self._shake()
                 return
-            proxied = early and proxy.begins(self._sock.recv(len(proxy.SIGNATURE), socket.MSG_PEEK))
-            self._run(self.session.start(early, proxied))
+            early = self._early()
+            self._welcome(early, early and proxy.begins(self._sock.recv(len(proxy.SIGNATURE), socket.MSG_PEEK)))
         except Exception as error:
             self._bug(error)
+
+    def _welcome(self, early: bool, proxied: bool = False) -> None:
+        """The greeting, after its delay. ``early``: there are octets before it; a client that talks
+        before it is greeted is not waiting for us to agree to anything."""
+        delay = 0.0 if early else self.listener.greet_delay(self.client)
+        if delay:
+            self._timer = self.listener.loop.call_later(delay, self._greet)
+        else:
+            self._run(self.session.start(early, proxied))
 
     def _greet(self) -> None:
         """The delay is over, and the client was silent."""
@@ -569,6 +601,10 @@ class Connection(asyncio.Protocol):
             self._run(self.session.start())
         except Exception as error:
             self._bug(error)
+
+    def _early(self) -> bool:
+        """Octets are there that nobody read yet."""
+        return fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
@@ -600,6 +636,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         was_closing = self._phase == CLOSING
+        if self._phase == HANDSHAKE:
+            self._tell_insecure("the connection was lost within the handshake")
         self._phase = CLOSING
         self._disarm()
         if not (self._ended or was_closing):
@@ -613,6 +651,8 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stuck = True
+        if self._phase == HANDSHAKE:
+            return  # it goes on, and has a deadline of its own
         self._hold(True)
         self._wait(STUCK)
 
@@ -620,6 +660,46 @@ class Connection(asyncio.Protocol):
         self._stuck = False
         if self._running is None:
             self._settle()
+
+    # ------------------------------------------------------------------- TLS
+
+    def _shake(self) -> None:
+        """From here on the client speaks TLS; ``secured`` or ``insecure`` follows."""
+        context = self.listener.context
+        if context is None:
+            raise RuntimeError(f"{self.listener.name} has TLS and no certificate")
+        self._wait(HANDSHAKE)
+        self._transport = cast(asyncio.Transport, SecureTransport(self._transport, self, context))
+        if self._stopped:
+            self._hold(False)
+
+    def secured(self, tls: TLS, early: bool) -> None:
+        """See ``net.secure.Above``."""
+        session = self.session
+        self._phase = OURS
+        try:
+            session.secured(tls)
+            self.client = session.client
+            if session.awaiting == "greeting":
+                self._welcome(early)
+            else:
+                self._settle()
+        except Exception as error:
+            self._bug(error)
+
+    def insecure(self, reason: str) -> None:
+        """See ``net.secure.Above``."""
+        if self._phase != CLOSING:
+            self._tell_insecure(reason)
+            self._close()
+
+    def _leave(self) -> None:
+        """Nothing can be said within a handshake."""
+        self._phase = CLOSING
+        self.cut()
+
+    def _tell_insecure(self, reason: str) -> None:
+        self.listener.observer.event("tls_failed", session=self.id, listener=self.listener.name, client=self.client.ip, reason=reason)
 
     # ---------------------------------------------------------------- events
 
@@ -679,6 +759,9 @@ class Connection(asyncio.Protocol):
             listener.intake.ask(event.question, event.checks, self._judged)
         elif isinstance(event, MailAborted):
             self._abort(event.number)
+        elif isinstance(event, TLSWanted):
+            # Whatever is there before our 220 was not sent in answer to it.
+            self._run(self.session.secure(self._early()))
         else:
             raise TypeError(f"no way to carry out {event!r}")
 
@@ -721,7 +804,7 @@ class Connection(asyncio.Protocol):
     def _settle(self) -> None:
         """Write, close, pause, resume and set the clock as the session and its mail now want it."""
         session = self.session
-        if self._phase == CLOSING or self._transport.is_closing():
+        if self._phase >= CLOSING or self._transport.is_closing():
             return
         if session.delay:
             if self._timer is None:
@@ -739,6 +822,9 @@ class Connection(asyncio.Protocol):
             self._timer = self.listener.loop.call_soon(self._proceed)
         draft = self._draft
         awaiting = session.awaiting
+        if awaiting == "handshake":
+            self._shake()
+            return
         # Until the greeting is out nobody may talk: whoever does is to be noticed.
         hold = self._stuck or session.more or (session.paused and awaiting != "greeting") or (draft is not None and draft.full)
         if hold is not self._stopped:
@@ -780,8 +866,8 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
-    def look(self, now: float, late: tuple[float, float, float]) -> None:
-        """Is the deadline over? ``late``: seconds by phase (NEXT, COMMAND, CONTENT)."""
+    def look(self, now: float, late: tuple[float, float, float], handshake: float) -> None:
+        """Is the deadline over? ``late``: seconds by phase (NEXT, COMMAND, CONTENT); ``handshake``: for all of it."""
         phase = self._phase
         waited = now - self._since
         if phase <= CONTENT:
@@ -791,6 +877,10 @@ class Connection(asyncio.Protocol):
         elif phase == STUCK:
             if waited > late[COMMAND]:
                 self.cut()
+        elif phase == HANDSHAKE:
+            if waited > handshake:
+                self._tell_insecure("the handshake took too long")
+                self._leave()
         elif phase == CLOSING and waited > LINGER and (waited > LAST_WORD or not self._transport.get_write_buffer_size()):
             self.cut()
 
@@ -799,6 +889,9 @@ class Connection(asyncio.Protocol):
     def stop(self, reply: Reply) -> None:
         """Say ``reply`` and close; mail after its end of data is answered before."""
         if self._phase == CLOSING:
+            return
+        if self._phase == HANDSHAKE:
+            self._leave()
             return
         try:
             self._run(self.session.stop(reply))
@@ -848,7 +941,7 @@ class Connection(asyncio.Protocol):
         """Nothing here can be relied on any more. What is after its end of data gets no word,
         because the truth about it comes later."""
         self._tell(error)
-        if self._phase == CLOSING or self._transport.is_closing():
+        if self._phase in (CLOSING, HANDSHAKE) or self._transport.is_closing():
             self.cut()
             return
         owed = bool(self._owed)

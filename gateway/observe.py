@@ -79,6 +79,7 @@ COUNTERS: dict[str, tuple[Labels, str]] = {
     "gateway_sink_failures": (("sink",), "Times a sink went down"),
     "gateway_damaged": ((), "Rows of the spool that were found damaged and set aside"),
     "gateway_committed_messages": ((), "Messages that commit groups stored"),
+    "gateway_tls_failures": (("listener",), "Connections on which TLS failed, most of them in the handshake"),
     "gateway_reloads": ((), "Times the configuration was replaced"),
     "gateway_bugs": ((), "Unexpected exceptions"),
     "gateway_log_lines_dropped": ((), "Event lines that nobody read in time"),
@@ -163,6 +164,7 @@ class Telemetry:
             "spool_up": lambda fields: self._spool_is(1.0),
             "damaged": lambda fields: self._bump("gateway_damaged"),
             "committed": self._committed,
+            "tls_failed": lambda fields: self._bump("gateway_tls_failures", (fields["listener"],)),
             "reloaded": lambda fields: self._bump("gateway_reloads"),
             "bug": lambda fields: self._bump("gateway_bugs"),
         }

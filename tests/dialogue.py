@@ -14,6 +14,7 @@ One story a file. Its first line is ``# RFC section: reason``. Then settings, th
     C> raw octets                   the client sends just these
     C:& / C>& …                     … in the same read as what stands before
     C!                              the client sends no more
+    @tls                            the TLS handshake: after the 220 of STARTTLS, or before the greeting
     S: 250 2.1.0 sender OK          a reply, word for word; ``*`` at the end is any text,
     S: 250-first                    lines of one reply follow each other
     S!                              the server closes
@@ -32,13 +33,15 @@ import itertools
 import random
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
-from gateway.message import Client
+from gateway.message import TLS, Client
 from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.smtp.server import (
@@ -51,10 +54,13 @@ from gateway.smtp.server import (
     Refused,
     Rules,
     ServerSession,
+    TLSWanted,
 )
 
 FOLDER = Path(__file__).parent / "transcripts"
 HOSTNAME = "mx.example.net"
+#: What the handshake came to, where there is no socket.
+SECURED = TLS("TLSv1.3", "TLS_AES_256_GCM_SHA384")
 ACCEPTED = Reply(250, "2.0.0", "accepted")
 
 
@@ -70,6 +76,7 @@ class Settings:
     bare_newlines: Literal["reject", "normalize"] = "reject"
     binarymime: bool = True
     xclient: bool = False  # the client may speak for others
+    tls: Literal["off", "starttls", "required", "implicit"] = "off"
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
 
     def rules(self) -> Rules:
@@ -83,6 +90,7 @@ class Settings:
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,
             binarymime=self.binarymime,
+            tls=self.tls,
         )
 
 
@@ -98,13 +106,14 @@ class Mail:
 @dataclass
 class Group:
     """What the client sends between two waits, and what it then waits for. ``together``:
-    ranges of ``octets`` that must not be cut."""
+    ranges of ``octets`` that must not be cut. ``handshake``: TLS begins before them."""
 
     octets: bytes = b""
     together: list[tuple[int, int]] = field(default_factory=list)
     expected: list[list[str]] = field(default_factory=list)
     client_ends: bool = False
     server_closes: bool = False
+    handshake: bool = False
 
     def cuts(self) -> list[int]:
         """Where it may be cut."""
@@ -131,6 +140,11 @@ class Case:
     def early(self) -> bool:
         """The client talks before the greeting."""
         return bool(self.groups[0].octets)
+
+    @property
+    def implicit(self) -> bool:
+        """TLS before the greeting."""
+        return self.groups[0].handshake
 
 
 # ---------------------------------------------------------------------- reading
@@ -207,6 +221,10 @@ def _case(name: str, steps: list[tuple[str, str]]) -> Case:
                 group.expected[-1].append(rest)
             else:
                 group.expected.append([rest])
+        elif mark == "@tls":
+            if group.expected or group.octets:
+                case.groups.append(Group())
+            case.groups[-1].handshake = True
         elif mark == "S!":
             group.server_closes = True
         elif mark == "~":
@@ -318,6 +336,12 @@ class Driver:
     def start(self, early: bool = False) -> None:
         self._turn(self.session.start(early))
 
+    def shake(self) -> None:
+        """The client begins TLS, and it comes about."""
+        assert self.session.awaiting in ("handshake", "greeting"), f"TLS while {self.session.awaiting} is awaited"
+        self.session.secured(SECURED)
+        self._turn([])
+
     def feed(self, data: bytes) -> None:
         if self.session.paused:
             # A listener has stopped reading by now.
@@ -383,6 +407,10 @@ class Driver:
             self.named.append(event)
         elif isinstance(event, Refused):
             self.refused.append(event)
+        elif isinstance(event, TLSWanted):
+            assert not self._drafts, "TLS while an answer is owed"
+            for following in self.session.secure():
+                self._carry(following)
         else:
             raise AssertionError(f"nobody asked for {event}")
 
@@ -451,12 +479,14 @@ def run(case: Case, cut: Cut = whole, late: bool = False) -> None:
     """One run on a session. Raises AssertionError with the place in the dialogue."""
     session = ServerSession(case.settings.rules(), Client("192.0.2.1", 4711), "session", "listener", case.settings.xclient)
     driver = Driver(session, case.answers, late)
-    if not case.early:
+    if not case.early and not case.implicit:
         driver.start()
     closed = False
     for number, group in enumerate(case.groups):
-        if number == 0 and case.early:
-            driver.start(early=True)
+        if group.handshake:
+            driver.shake()
+        if number == 0 and (case.early or case.implicit):
+            driver.start(early=case.early)
         pieces = cut(number, group)
         for piece in pieces[:-1]:
             driver.feed(piece)
@@ -496,16 +526,20 @@ def run_live(
     replies, word for word. ``accepted`` gives the messages that arrived, in order; without it
     nobody asks. Octets that must arrive together are sent by one call."""
     assert not case.only_here, f"{case.name} is not for a socket: {case.only_here}"
-    with socket.create_connection((host, port), timeout) as connection:
+    with ExitStack() as stack:
+        connection: socket.socket = stack.enter_context(socket.create_connection((host, port), timeout))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire = b""
         for number, group in enumerate(case.groups):
             closed = False
+            if group.handshake:
+                assert not wire, f"{case.name}: said in clear before TLS: {wire!r}"
+                connection = stack.enter_context(_secured(connection))
             try:
                 for piece in cut(number, group):
                     connection.sendall(piece)
                 if group.client_ends:
-                    connection.shutdown(socket.SHUT_WR)
+                    _end(connection)
             except (BrokenPipeError, ConnectionResetError):
                 assert any(before.server_closes for before in case.groups[: number + 1]), f"{case.name}: closed at group {number}"
             replies: list[list[str]] = []
@@ -519,13 +553,28 @@ def run_live(
                 break
         else:
             # Nothing may be left unsaid.
-            connection.shutdown(socket.SHUT_WR)
+            _end(connection)
             closed = False
             while not closed:
                 closed, wire = _more(connection, wire)
             assert not wire, f"{case.name}: said unasked: {wire!r}"
     if accepted is not None:
         assert accepted() == case.accepted, case.name
+
+
+def _secured(connection: socket.socket) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(connection)
+
+
+def _end(connection: socket.socket) -> None:
+    """The client sends no more. Under TLS it says so with close_notify, and the server its own at
+    its end; what it still said is an error of ``unwrap``."""
+    if isinstance(connection, ssl.SSLSocket):
+        connection = connection.unwrap()
+    connection.shutdown(socket.SHUT_WR)
 
 
 def _more(connection: socket.socket, wire: bytes) -> tuple[bool, bytes]:

@@ -20,7 +20,7 @@ from ..contracts import Question, Verdict
 from ..message import Client
 from ..reply import Reply
 from . import proxy, replies
-from .events import Asked, ClientAsked, Event, MailAborted, Refused, Rules, Stage
+from .events import Asked, ClientAsked, Event, MailAborted, Refused, Rules, Stage, TLSWanted
 from .order import BAD_LINES_AT_MOST, ERRORS_AT_MOST, ERRORS_FREE, Conduct, Order
 
 #: Commands done in one turn of the loop; the others wait for ``proceed``.
@@ -31,7 +31,7 @@ TARPIT: Final = 1.0
 _TLS_HANDSHAKE = b"\x16"
 
 #: What is read now.
-GREETING, COMMAND, CONTENT, CHUNK, CLOSED = range(5)
+GREETING, COMMAND, CONTENT, CHUNK, CLOSED, HANDSHAKE = range(6)
 
 #: What to do for each verb.
 Verbs = Mapping[str, Callable[[Any, Command], None]]
@@ -200,7 +200,7 @@ class Conversation(ABC):
         if self._state == CLOSED or self._ended:
             return []
         self._ended = True
-        if not (self.paused or self.more):
+        if not (self.paused or self.more) or (self._state == HANDSHAKE and not self._order.owed):
             self._close()
         return self._taken()
 
@@ -219,11 +219,13 @@ class Conversation(ABC):
         return b"" if self.delay else self._order.take()
 
     @property
-    def awaiting(self) -> Literal["greeting", "command", "content", "answer"]:
-        """What the next step needs: our greeting, the client's command or content, or our answer."""
+    def awaiting(self) -> Literal["greeting", "command", "content", "answer", "handshake"]:
+        """What the next step needs: our greeting, the client's command or content, our answer, or TLS."""
         state = self._state
         if state == GREETING:
             return "greeting"
+        if state == HANDSHAKE:
+            return "answer" if self._order.owed else "handshake"
         if self._question is not None or self.delay:
             return "answer"
         if state == CHUNK:
@@ -288,7 +290,7 @@ class Conversation(ABC):
         if self._state == GREETING:
             self._refuse("connect", replies.NO_PROXY if proxy.begins(data) else replies.TOO_EARLY)
             return False
-        if self._order.owed or self._question is not None or self.delay:
+        if self._order.owed or self._question is not None or self.delay or self._state == HANDSHAKE:
             self._refuse("command", replies.TOO_EARLY)
             return False
         if self._fresh:
@@ -316,12 +318,25 @@ class Conversation(ABC):
         """Something that was waited for is here."""
         if self._state == CLOSED:
             return
+        if self._state == HANDSHAKE:
+            self._want_tls()
+            return
         self._weigh()
         if self.paused:
             return
         self.more = self._receiver.pending > 0
         if self._ended and not self.more:
             self._close()
+
+    def _want_tls(self) -> None:
+        """The client may have TLS as soon as no answer is owed that must leave in clear."""
+        self.paused = True
+        if self._order.owed:
+            return
+        if self._ended:
+            self._close()
+        else:
+            self._events.append(TLSWanted())
 
     # ------------------------------------------------ refusals and the end
 

@@ -128,7 +128,7 @@ class AuthWanted:
 
 @dataclass(slots=True)
 class TLSWanted:
-    """220 is the last thing said in clear; the handshake comes next."""
+    """The client said STARTTLS and may have it: answer with ``secure``."""
 
 
 Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | ClientNamed | AuthWanted | TLSWanted

@@ -51,6 +51,16 @@ def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction |
     return None
 
 
+def starttls(rules: Rules, client: Client, transaction: Transaction | None, command: Command) -> Reply | None:
+    if client.tls is not None:
+        return replies.TLS_ALREADY
+    if rules.tls not in ("starttls", "required"):
+        return replies.NOT_OFFERED if transaction is None else replies.IN_TRANSACTION
+    if command.fault is not None:
+        return replies.NO_ARGUMENT
+    return None if transaction is None else replies.IN_TRANSACTION
+
+
 def rcpt(transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
     """Faults of the command; the merits of the recipient come after (``recipient``)."""
     if transaction is None:
@@ -105,8 +115,10 @@ def data(rules: Rules, transaction: Transaction | None, chunks_begun: bool, comm
     return None if transaction.routes else _no_recipients(rules)
 
 
-def chunk(rules: Rules, transaction: Transaction | None, total: int) -> Reply | None:
+def chunk(rules: Rules, client: Client, transaction: Transaction | None, total: int) -> Reply | None:
     """``total``: octets of this chunk and those before it."""
+    if rules.tls == "required" and client.tls is None:
+        return replies.TLS_NEEDED
     if transaction is None:
         return replies.NO_SENDER
     if not transaction.routes:

@@ -26,6 +26,7 @@ SENDER_OK: Final = Reply(250, "2.1.0", "sender OK")
 RECIPIENT_OK: Final = Reply(250, "2.1.5", "recipient OK")
 CHUNK_OK: Final = Reply(250, "2.0.0", "chunk received")
 VRFY: Final = Reply(252, "2.5.0", "send mail and see: addresses are not verified")
+TLS_READY: Final = Reply(220, "2.0.0", "begin TLS now")
 START_CONTENT: Final = Reply(354, "", "send the message, end with <CRLF>.<CRLF>")
 
 # ------------------------------------------------------------ lines and grammar
@@ -75,6 +76,7 @@ CHUNKS_BEGUN: Final = Reply(503, "5.5.1", "BDAT has begun, end it with LAST or s
 BINARY_BY_DATA: Final = Reply(503, "5.5.1", "BINARYMIME comes by BDAT only")
 IN_TRANSACTION: Final = Reply(503, "5.5.1", "not within a transaction, say RSET first")
 TURNED_AWAY: Final = Reply(503, "5.5.1", "you were refused, say QUIT")
+TLS_ALREADY: Final = Reply(554, "5.5.1", "TLS is active already")
 TLS_NEEDED: Final = Reply(530, "5.7.0", "say STARTTLS first")
 AUTH_NEEDED: Final = Reply(530, "5.7.0", "authentication required")
 
@@ -115,7 +117,7 @@ def greeted(hostname: str) -> Reply:
 
 
 @lru_cache(maxsize=64)
-def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, xclient: bool) -> bytes:
+def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, starttls: bool = False, xclient: bool = False) -> bytes:
     """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
     is trusted to speak for others."""
     lines = [
@@ -128,6 +130,7 @@ def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, x
         "CHUNKING",
         *(["BINARYMIME"] if binarymime else []),
         "DSN",
+        *(["STARTTLS"] if starttls else []),
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
         *([f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"] if xclient else []),

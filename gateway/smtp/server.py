@@ -11,7 +11,8 @@ were cut. Nothing is judged by a count that an owed answer may still reset: the 
 for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
-6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS). XCLIENT and XFORWARD: Postfix.
+3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS).
+XCLIENT and XFORWARD: Postfix.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 
 from .._parser import Command
 from ..contracts import Question, Transaction, Verdict
-from ..message import Client, Envelope
+from ..message import TLS, Client, Envelope
 from ..reply import Reply
 from ..route import Route
 from . import judge, replies, xclient
-from .conversation import CHUNK, COMMAND, CONTENT, Conversation, Verbs
+from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, Conversation, Verbs
 from .events import (
     Asked,
     AuthWanted,
@@ -93,7 +94,7 @@ class ServerSession(Conversation):
 
     def __init__(self, rules: Rules, client: Client, session: str, listener: str, trusted: bool = False) -> None:
         """``trusted``: whoever is connected may speak for others (XCLIENT, XFORWARD)."""
-        super().__init__(rules, client, session, listener, _LMTP if rules.protocol == "lmtp" else _SMTP)
+        super().__init__(rules, client, session, listener, _verbs(rules, client))
         self._facts: dict[str, Any] | None = None  # of the client checks
         self._trusted = trusted
         self._forwarded: xclient.Attributes | None = None  # XFORWARD, for the next transaction
@@ -160,6 +161,58 @@ class ServerSession(Conversation):
         transaction.routes.append(route)
         self._say(_RECIPIENT_OK)
 
+    # ------------------------------------------------------------------- TLS
+
+    def secure(self, early: bool = False) -> list[Event]:
+        """The answer to TLSWanted. When this is written, the next octets of the client are its
+        handshake, and ``secured`` follows; none of them is given to ``receive``. ``early``: octets
+        are there before our 220, so they cannot be (row T1)."""
+        if self._state == HANDSHAKE:
+            if early:
+                self._refuse("command", replies.TOO_EARLY)
+            else:
+                self._say(replies.TLS_READY.wire)
+        return self._taken()
+
+    def secured(self, tls: TLS) -> None:
+        """The handshake is over, after ``secure`` or, with implicit TLS, before ``start``. Whatever
+        the client said in clear is forgotten (RFC 3207 §4.2); its offences still count."""
+        self.client = replace(self.client, helo="", protocol="SMTP", user=None, tls=tls)
+        if self._state != HANDSHAKE:
+            return
+        self._receiver.discard()
+        self._verbs = _verbs(self.rules, self.client)
+        self._greeted = self._lockstep = self._spurned = False
+        self._forwarded = None
+        self._state = COMMAND
+        self._weigh()
+
+    def _starttls(self, command: Command) -> None:
+        if not self._ends_group():
+            return
+        refusal = judge.starttls(self.rules, self.client, self._transaction, command)
+        if refusal is not None:
+            self._fault("command", refusal)
+            return
+        self._state = HANDSHAKE
+        self._want_tls()
+
+    def _tls_first(self, command: Command) -> None:
+        """In clear where TLS is demanded."""
+        verb = command.verb
+        if verb in ("DATA", "AUTH", "HELO") and not self._ends_group():
+            return
+        if verb == "MAIL":
+            # What comes pipelined behind it are no errors of their own.
+            self._spurned = True
+            self._fault("mail", replies.TLS_NEEDED, command.address)
+        elif verb == "RCPT" and self._spurned:
+            self._refuse("recipient", replies.TLS_NEEDED, command.address)
+        elif verb == "DATA":
+            self._refuse_contentless(replies.TLS_NEEDED)
+        else:
+            self._fault("command", replies.TLS_NEEDED)
+
     # ------------------------------------------- commands outside the mail
 
     def _unknown(self, command: Command) -> None:
@@ -191,7 +244,10 @@ class ServerSession(Conversation):
         self.client = replace(self.client, helo=command.argument, protocol=self._protocol(utf8=False))
         rules = self.rules
         if esmtp:
-            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, self._trusted))
+            clear = self.client.tls is None
+            starttls = clear and rules.tls in ("starttls", "required")
+            speaker = self._trusted and not (clear and rules.tls == "required")
+            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker))
         else:
             self._say(replies.greeted(rules.hostname).wire)
 
@@ -238,8 +294,8 @@ class ServerSession(Conversation):
     def _not_offered(self, command: Command) -> None:
         self._fault("command", replies.NOT_OFFERED)
 
-    def _security(self, command: Command) -> None:
-        """STARTTLS and AUTH while neither is offered."""
+    def _auth(self, command: Command) -> None:
+        """AUTH while it is not offered."""
         if self._ends_group():
             self._fault("command", replies.NOT_OFFERED if self._transaction is None else replies.IN_TRANSACTION)
 
@@ -447,7 +503,7 @@ class ServerSession(Conversation):
             self._refuse("data", replies.chunk_over_limit(limit), closes=True)
             return
         transaction = self._transaction
-        refusal = judge.chunk(self.rules, transaction, max(self._chunk_total, 0) + size)
+        refusal = judge.chunk(self.rules, self.client, transaction, max(self._chunk_total, 0) + size)
         self._chunk_refusal = refusal
         self._chunk_left = size
         self._chunk_last = command.last
@@ -531,8 +587,8 @@ _EVERYWHERE: Verbs = {
     "VRFY": ServerSession._vrfy,
     "HELP": ServerSession._help,
     "QUIT": ServerSession._quit,
-    "STARTTLS": ServerSession._security,
-    "AUTH": ServerSession._security,
+    "STARTTLS": ServerSession._starttls,
+    "AUTH": ServerSession._auth,
     "XCLIENT": ServerSession._xclient,
     "XFORWARD": ServerSession._xforward,
     "PROXY": ServerSession._proxy,
@@ -550,5 +606,18 @@ _LMTP: Verbs = {
     "HELO": ServerSession._wrong_hello,
     "EHLO": ServerSession._wrong_hello,
 }
+#: In clear where TLS is demanded: all but these is refused (RFC 3207 §4). What follows BDAT is read
+#: over all the same, and a proxy or another protocol is told what it always is.
+_WELCOME_IN_CLEAR = ("EHLO", "LHLO", "NOOP", "QUIT", "STARTTLS", "BDAT", "PROXY")
+_SMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _SMTP.items()}
+_LMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _LMTP.items()}
+
+
+def _verbs(rules: Rules, client: Client) -> Verbs:
+    if rules.tls == "required" and client.tls is None:
+        return _LMTP_BEFORE_TLS if rules.protocol == "lmtp" else _SMTP_BEFORE_TLS
+    return _LMTP if rules.protocol == "lmtp" else _SMTP
+
+
 #: A client that was refused at the door.
 _TURNED_AWAY: Verbs = {"QUIT": ServerSession._quit}

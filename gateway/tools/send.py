@@ -7,7 +7,7 @@ sends is either a small multipart mail made here or a file, octet for octet.
 
 It never guesses: what the server does not offer (SIZE, 8BITMIME, SMTPUTF8) is not used, and a
 mail that would need it is sent all the same, so that the server's own reply is seen.
-RFC 5321 §3.3 (the transaction), RFC 2033 (LMTP), RFC 1870 (SIZE), RFC 6152, RFC 6531.
+RFC 5321 §3.3 (the transaction), RFC 3207 (STARTTLS), RFC 8314 (implicit TLS), RFC 2033 (LMTP), RFC 1870 (SIZE), RFC 6152, RFC 6531.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import mimetypes
 import re
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import format_datetime, localtime, make_msgid
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from .._parser import ReplyReceiver, parse_address, stuff
 
@@ -31,6 +32,30 @@ from .._parser import ReplyReceiver, parse_address, stuff
 TIMEOUT = 30.0
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """TLS as ``gateway send`` is asked for it. ``implicit``: before the greeting instead of by STARTTLS.
+    ``ca_file``: authorities instead of the machine's; ``insecure``: take any certificate.
+    ``certificate`` and ``key``: ours, PEM files."""
+
+    implicit: bool = False
+    ca_file: Path | None = None
+    insecure: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError (ssl.SSLError is one) for a file that cannot be used."""
+        context = ssl.create_default_context(cafile=None if self.ca_file is None else str(self.ca_file))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.certificate is not None:
+            context.load_cert_chain(self.certificate, self.key)
+        return context
 
 
 class ConversationError(Exception):
@@ -93,11 +118,14 @@ def send(
     protocol: Literal["smtp", "lmtp"] = "smtp",
     helo: str = "",
     timeout: float = TIMEOUT,
+    tls: Security | None = None,
     say: Say | None = None,
 ) -> Result:
     """Sends ``content`` (octets with CRLF line ends) to ``host:port``, ``[v6]:port`` or ``unix:/path``.
 
-    Every line of the dialogue goes to ``say``. Faults of the far side are in the Result; a server
+    Every line of the dialogue goes to ``say``. With ``tls`` nothing of the mail is said in clear: a
+    server without TLS, or with a certificate that is not trusted, is a failure. Faults of the far
+    side are in the Result; a server
     address that cannot be read, or a line end in what becomes a command, raises ValueError."""
     for word in (sender, *recipients, helo):
         if any(ord(character) < 32 for character in word):
@@ -105,8 +133,11 @@ def send(
     tell: Say = say or (lambda line: None)
     result = Result()
     try:
-        with _connect(server, timeout) as connection:
-            _Conversation(connection, tell).transact(result, protocol, helo or socket.gethostname(), sender, recipients, content)
+        security = (
+            None if tls is None else (tls, tls.context(), "" if server.startswith("unix:") else server.rpartition(":")[0].strip("[]"))
+        )
+        with _Conversation(_connect(server, timeout), tell, security) as conversation:
+            conversation.transact(result, protocol, helo or socket.gethostname(), sender, recipients, content)
     except (ConversationError, OSError) as error:
         result.failure = str(error)
         tell(f"! {error}")
@@ -126,16 +157,37 @@ def _connect(server: str, timeout: float) -> socket.socket:
 
 
 class _Conversation:
-    def __init__(self, connection: socket.socket, say: Say) -> None:
+    def __init__(self, connection: socket.socket, say: Say, security: tuple[Security, ssl.SSLContext, str] | None) -> None:
+        """``security``: with its context and the host's name."""
         self._connection = connection
         self._replies = ReplyReceiver()
         self._say = say
+        self._security = security
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._connection.close()
 
     def transact(self, result: Result, protocol: str, helo: str, sender: str, recipients: Sequence[str], content: bytes) -> None:
+        implicit = self._security is not None and self._security[0].implicit
+        if implicit:
+            self._shake()
         code, text = self._reply()
         if code != 220:
             raise ConversationError(f"the server does not want to talk: {code} {text}")
         offered = self._hello(protocol, helo)
+        if self._security is not None and not implicit:
+            if "STARTTLS" not in offered:
+                raise ConversationError("the server does not offer STARTTLS, and the mail shall not go in clear")
+            code, text = self._command("STARTTLS")
+            if code != 220:
+                raise ConversationError(f"the server refused STARTTLS: {code} {text}")
+            if self._replies.pending:
+                raise ConversationError("the server said more in clear after it agreed to TLS")
+            self._shake()
+            offered = self._hello(protocol, helo)
         code, text = self._command(f"MAIL FROM:<{sender}>{self._parameters(offered, [sender, *recipients], content)}")
         if code >= 300:
             result.refused = dict.fromkeys(recipients, (code, text))
@@ -170,6 +222,20 @@ class _Conversation:
             raise ConversationError(f"the server refused {verb}: {code} {text}")
         lines = [line.partition(" ") for line in text.split("\n")[1:]]
         return {keyword.upper(): argument for keyword, _, argument in lines}
+
+    def _shake(self) -> None:
+        assert self._security is not None
+        _, context, host = self._security
+        try:
+            # For a unix socket there is no name to prove.
+            secured = context.wrap_socket(self._connection, server_hostname=host or None)
+        except ssl.SSLCertVerificationError as error:
+            raise ConversationError(f"the server's certificate is not good: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            raise ConversationError(f"no TLS came about: {error.reason or error}") from None
+        self._connection = secured
+        cipher = secured.cipher()
+        self._say(f"  ({secured.version()} {cipher[0] if cipher else ''})")
 
     @staticmethod
     def _parameters(offered: dict[str, str], addresses: Sequence[str], content: bytes) -> str:
@@ -214,6 +280,7 @@ def run(
     protocol: Literal["smtp", "lmtp"] = "smtp",
     helo: str = "",
     timeout: float = TIMEOUT,
+    tls: Security | None = None,
     quiet: bool = False,
 ) -> int:
     """The command: 0 if everything was taken, 1 if not, 2 for a fault in what was asked for.
@@ -229,7 +296,9 @@ def run(
             content = make_mail(
                 sender, recipients, attachments=attachments, **{key: value for key, value in made.items() if value is not None}
             )
-        result = send(server, sender, recipients, content, protocol=protocol, helo=helo, timeout=timeout, say=None if quiet else print)
+        result = send(
+            server, sender, recipients, content, protocol=protocol, helo=helo, timeout=timeout, tls=tls, say=None if quiet else print
+        )
     except (OSError, ValueError) as error:
         print(f"gateway send: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import trustme
 import uvloop
 
 from gateway import Gateway, Message, Reply
@@ -92,6 +93,12 @@ class House:
             sinks["out"] = RelayConfig(hosts=[self._upstream.address], tls="off", binarymime=settings.binarymime, on_failure="dead_letter")
             routes.append(RouteConfig(recipients=["nobody@relay.invalid"], sink="out"))
         limits = {name: field.default for name, field in Limits.model_fields.items()}
+        certified: dict[str, Any] = {}
+        if settings.tls != "off":
+            pair = trustme.CA().issue_cert(HOSTNAME)
+            certified = {"certificate": self._folder / "certificate.pem", "key": self._folder / "key.pem"}
+            pair.cert_chain_pems[0].write_to_path(certified["certificate"])
+            pair.private_key_pem.write_to_path(certified["key"])
         limits |= {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in limits}
         return Config(
             hostname=HOSTNAME,
@@ -102,6 +109,8 @@ class House:
                     long_lines=settings.long_lines,
                     bare_newlines=settings.bare_newlines,
                     xclient_from=[ip_network("127.0.0.0/8")] if settings.xclient else [],
+                    tls=settings.tls,
+                    **certified,
                 )
             ],
             # Some dialogues want smaller limits than an operator may set.

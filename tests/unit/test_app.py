@@ -9,14 +9,17 @@ import base64
 import logging
 import os
 import smtplib
+import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 
 from gateway import Gateway, Message, Reply
 from gateway import app as module
@@ -25,6 +28,7 @@ from gateway.config import Config, ConfigError
 from gateway.net.sockets import bind
 from gateway.observe import Telemetry
 
+from ..certificates import Certified, certified
 from ..loops import on_both_loops
 
 MAIL = b"Subject: hello\r\n\r\n.dots and all\r\n"
@@ -491,6 +495,87 @@ async def test_what_only_a_restart_can_change(tmp_path: Path) -> None:
         ]
         assert (await sent(gateway.port, "b@new.example"))[0] == 550
         assert not told.named("reloaded")
+
+
+# ---------------------------------------------------------------- certificates
+
+
+AUTHORITY = trustme.CA()
+
+
+async def until(look: Callable[[], object]) -> None:
+    for _ in range(500):
+        if look():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
+def by_tls(port: int) -> bytes:
+    """The certificate of a gateway with implicit TLS, once it has greeted."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    AUTHORITY.configure_trust(context)
+    with socket.create_connection(("127.0.0.1", port), 10) as clear, context.wrap_socket(clear, server_hostname="mx.example") as secured:
+        assert secured.recv(100).startswith(b"220 ")
+        found = secured.getpeercert(True)
+        assert found is not None
+        return found
+
+
+def listeners(pair: Certified, **more: Any) -> list[dict[str, Any]]:
+    return [{"address": "127.0.0.1:0", "tls": "implicit", "certificate": str(pair.certificate), "key": str(pair.key), **more}]
+
+
+@on_both_loops
+async def test_a_reload_reads_certificates_again(tmp_path: Path) -> None:
+    first = certified(AUTHORITY, tmp_path / "tls", "mx.example")
+    config = file(tmp_path, listeners=listeners(first))
+    async with running(config) as (gateway, told):
+        assert await asyncio.to_thread(by_tls, gateway.port) == first.der
+        second = certified(AUTHORITY, tmp_path / "tls", "mx.example")
+        assert await asyncio.to_thread(by_tls, gateway.port) == first.der
+        gateway.reload(config)
+        assert await asyncio.to_thread(by_tls, gateway.port) == second.der
+        # Files that do not fit change nothing.
+        second.key.write_text("no key")
+        with pytest.raises(ConfigError) as error:
+            gateway.reload(config)
+        assert error.value.faults == [f"listeners[0].key: {second.key} has no private key in PEM form"]
+        assert await asyncio.to_thread(by_tls, gateway.port) == second.der
+        assert len(told.named("reloaded")) == 1
+
+
+@on_both_loops
+async def test_replaced_certificates_are_taken_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WATCH_CERTIFICATES", 0.02)
+    pair = certified(AUTHORITY, tmp_path / "tls", "mx.example")
+    async with running(file(tmp_path, listeners=listeners(pair))) as (gateway, told):
+        other = certified(AUTHORITY, tmp_path / "other", "mx.example")
+        # First one of the two: they do not fit, and nothing changes.
+        other.certificate.replace(pair.certificate)
+        await until(lambda: told.named("certificates_refused"))
+        assert told.named("certificates_refused") == [{"faults": [f"listeners[0].key: {pair.key} is not the key of {pair.certificate}"]}]
+        assert await asyncio.to_thread(by_tls, gateway.port) == pair.der
+        other.key.replace(pair.key)
+        await until(lambda: told.named("certificates_reloaded"))
+        assert await asyncio.to_thread(by_tls, gateway.port) == other.der
+        assert len(told.named("certificates_refused")) == 1
+
+
+async def test_certificates_that_cannot_be_used_end_the_start(tmp_path: Path) -> None:
+    good, bad = (certified(AUTHORITY, tmp_path / name, f"{name}.example") for name in ("good", "bad"))
+    bad.key.write_text("no key")
+    more = [{"certificate": str(bad.certificate), "key": str(bad.key)}]
+    gateway = Gateway(
+        file(tmp_path, listeners=[*listeners(good, certificates=more), *listeners(bad), *listeners(good, client_ca=str(bad.key))])
+    )
+    with pytest.raises(ConfigError) as error:
+        await gateway.start()
+    assert error.value.faults == [
+        f"listeners[0].certificates[0].key: {bad.key} has no private key in PEM form",
+        f"listeners[1].key: {bad.key} has no private key in PEM form",
+        f"listeners[2].client_ca: {bad.key} has no certificate in PEM form",
+    ]
 
 
 # --------------------------------------------------------------- what it tells

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from click.testing import CliRunner, Result
 
 from gateway import __version__
@@ -25,6 +26,7 @@ from gateway.message import Client, Content, Envelope, Message, Recipient
 from gateway.observe import Telemetry
 from gateway.spool.sqlite import SqliteSpool
 
+from ..certificates import Certified, certified
 from ..servers import GatewayProcess, HttpReceiver, free_port, wait_until
 
 CONFIG = """
@@ -232,10 +234,54 @@ def test_explain_how_the_client_comes_in(file: Path) -> None:
     assert any(line.startswith("< 250-XCLIENT ") for line in dialogue)
 
 
+def certified_file(tmp_path: Path, tls: str) -> tuple[Path, Certified]:
+    pair = certified(trustme.CA(), tmp_path / "tls", "mx.example.net")
+    file = tmp_path / "gateway.toml"
+    first = 'address = "127.0.0.1:2525"\n'
+    file.write_text(CONFIG.replace(first, f'{first}tls = "{tls}"\ncertificate = "tls/certificate.pem"\nkey = "tls/key.pem"\n'))
+    return file, pair
+
+
+def test_explain_says_the_mail_as_the_listener_wants_it(tmp_path: Path) -> None:
+    to = (*EXPLAIN, "--to", "b@app.example")
+    for tls, options, shown, said, reply in (
+        ("starttls", (), "STARTTLS offered; this mail in clear", False, "250 2.1.5 recipient OK"),
+        ("starttls", ("--tls",), "STARTTLS offered; this mail with it", True, "250 2.1.5 recipient OK"),
+        ("required", (), "STARTTLS required; this mail with it", True, "250 2.1.5 recipient OK"),
+        ("required", ("--clear",), "STARTTLS required; this mail in clear", False, "530 5.7.0 say STARTTLS first"),
+        ("implicit", (), "from the first octet; this mail with it", False, "250 2.1.5 recipient OK"),
+    ):
+        file, _ = certified_file(tmp_path, tls)
+        code = 0 if reply.startswith("2") else 1
+        lines = run("explain", "-c", file, *to, *options, code=code).stdout.splitlines()
+        assert lines[2] == f"tls       {shown}"
+        told = explain(file, *to, *options, code=code)
+        assert told["reply"] == reply
+        assert ("> STARTTLS" in told["dialogue"]) is said
+    assert "has TLS from the first octet" in run("explain", "-c", file, *to, "--clear", code=2).stderr
+    file.write_text(CONFIG)
+    assert "has no TLS" in run("explain", "-c", file, *to, "--tls", code=2).stderr
+
+
+def test_check_reads_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, pair = certified_file(tmp_path, "starttls")
+    assert "expire" not in run("check", "-c", file).stderr
+    monkeypatch.setattr("gateway.cli.EXPIRES_SOON", 10**6)
+    assert f"warning: listeners[0]: {pair.certificate} expires in " in run("check", "-c", file).stderr
+    pair.key.write_text("no key")
+    assert run("check", "-c", file, code=1).stderr == f"listeners[0].key: {pair.key} has no private key in PEM form\n"
+
+
+def test_send_wants_its_options_to_fit(tmp_path: Path, file: Path) -> None:
+    for options in (("--tls", "--implicit-tls"), ("--insecure",), ("--ca-file", file), ("--tls", "--key", file)):
+        run("send", "--to", "b@app.example", *options, code=2)
+
+
 def test_explain_what_is_taken(file: Path) -> None:
     assert run("explain", "-c", file, *EXPLAIN, "--to", "b@app.example").stdout == (
         "listener  127.0.0.1:2525\n"
-        "protocol  smtp, tls off, auth off\n"
+        "protocol  smtp\n"
+        "tls       off\n"
         "limits    10000 connections, 100 of one client; 26214400 octets, 1000 recipients; 300 s between commands, 300 s for one, "
         "180 s of silence and 500 octets a second in content\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"

@@ -267,7 +267,7 @@ async def test_who_is_silent_is_greeted_after_the_delay() -> None:
         began = time.monotonic()
         client = await here.dial()
         await client.hello()
-        assert time.monotonic() - began >= 0.2
+        assert time.monotonic() - began >= 0.19  # a loop counts in milliseconds
 
 
 @on_both_loops

@@ -35,6 +35,7 @@ class Bounds:
     command_timeout: float = 60.0
     data_timeout: float = 60.0
     idle_timeout: float = 60.0
+    handshake_timeout: float = 60.0
     minimum_rate: int = 0
 
 
