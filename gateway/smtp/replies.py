@@ -8,6 +8,7 @@ text names the thing and, where there is one, the way out. RFC 5321 §4.2, RFC 3
 
 from __future__ import annotations
 
+from base64 import b64encode
 from functools import lru_cache
 from typing import Final
 
@@ -22,6 +23,7 @@ SENDER_OK: Final = Reply(250, "2.1.0", "sender OK")
 RECIPIENT_OK: Final = Reply(250, "2.1.5", "recipient OK")
 CHUNK_OK: Final = Reply(250, "2.0.0", "chunk received")
 VRFY: Final = Reply(252, "2.5.0", "send mail and see: addresses are not verified")
+LOGGED_IN: Final = Reply(235, "2.7.0", "authentication succeeded")
 START_CONTENT: Final = Reply(354, "", "send the message, end with <CRLF>.<CRLF>")
 
 # ------------------------------------------------------------ lines and grammar
@@ -55,6 +57,7 @@ BAD_SMTPUTF8: Final = Reply(501, "5.5.4", "SMTPUTF8 takes no value")
 BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
 BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
 BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
+BAD_AUTH: Final = Reply(501, "5.5.4", "AUTH is a mailbox in xtext or <>")
 BAD_ORCPT: Final = Reply(501, "5.5.4", "ORCPT is an address type, a semicolon and xtext, at most 500 octets")
 
 # ----------------------------------------------------------------------- order
@@ -73,6 +76,17 @@ IN_TRANSACTION: Final = Reply(503, "5.5.1", "not within a transaction, say RSET 
 TURNED_AWAY: Final = Reply(503, "5.5.1", "you were refused, say QUIT")
 TLS_NEEDED: Final = Reply(530, "5.7.0", "say STARTTLS first")
 AUTH_NEEDED: Final = Reply(530, "5.7.0", "authentication required")
+
+# ------------------------------------------------------------------------ AUTH
+
+AUTH_SYNTAX: Final = Reply(501, "5.5.4", "say AUTH with a mechanism and, if you like, its initial response")
+AUTH_MECHANISM: Final = Reply(504, "5.5.4", "mechanism not offered, see the AUTH line after EHLO")
+AUTH_AGAIN: Final = Reply(503, "5.5.1", "already authenticated")
+AUTH_IN_CLEAR: Final = Reply(538, "5.7.11", "encryption required, say STARTTLS first")
+AUTH_CANCELLED: Final = Reply(501, "5.7.0", "authentication cancelled")
+AUTH_BASE64: Final = Reply(501, "5.5.2", "cannot decode base64")
+AUTH_TOO_LONG: Final = Reply(500, "5.5.6", "authentication exchange line is too long")
+TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 
 # --------------------------------------------------------------------- recipients
 
@@ -108,8 +122,13 @@ def greeted(hostname: str) -> Reply:
     return Reply(250, "", hostname)
 
 
+def challenge(octets: bytes) -> bytes:
+    """334 with what a mechanism says (RFC 4954 §4)."""
+    return b"334 %s\r\n" % b64encode(octets)
+
+
 @lru_cache(maxsize=64)
-def offer(hostname: str, message_size: int, recipients: int, binarymime: bool) -> bytes:
+def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, mechanisms: tuple[str, ...] = ()) -> bytes:
     """250 to EHLO and LHLO: our name, then what we offer, a line each."""
     lines = [
         hostname,
@@ -123,6 +142,7 @@ def offer(hostname: str, message_size: int, recipients: int, binarymime: bool) -
         "DSN",
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
+        *([f"AUTH {' '.join(mechanisms)}"] if mechanisms else []),
     ]
     *others, last = lines
     return "".join([*(f"250-{line}\r\n" for line in others), f"250 {last}\r\n"]).encode()

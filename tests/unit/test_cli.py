@@ -214,6 +214,7 @@ def explain(file: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 def test_explain_what_is_taken(file: Path) -> None:
     assert run("explain", "-c", file, *EXPLAIN, "--to", "b@app.example").stdout == (
         "listener  127.0.0.1:2525\n"
+        "auth      off\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"
         "route     routes[0]: '*@app.example', 'postmaster@mx.example.net', acknowledge durable\n"
         "sinks     app (discard)\n"

@@ -414,6 +414,9 @@ OPEN = (
 )
 
 
+SCRYPT = "$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$" + "A" * 43
+
+
 def not_yet(way: str) -> str:
     return f"not available yet in this version; {way}"
 
@@ -429,8 +432,29 @@ def not_yet(way: str) -> str:
         ({"head": "workers = -1"}, ["workers: must be at least 0"]),
         ({"head": "workers = 'two'"}, ["workers: must be a whole number"]),
         ({"head": "workers = 1.5"}, ["workers: must be a whole number"]),
-        ({"head": "users_file = 'u'"}, [f"users_file: {not_yet('leave it out')}"]),
-        ({"users": "[users]\napp = '$scrypt$x'"}, [f"users: {not_yet('leave it out')}"]),
+        # users
+        ({"users": "[users]\napp = 'secret'"}, ["users.app: must be a hash; make one with: gateway hash-password"]),
+        ({"users": "[users]\napp = '$scrypt$x'"}, ["users.app: is damaged; make it anew with: gateway hash-password"]),
+        ({"users": "[users]\napp = 5"}, ["users.app: must be a hash in quotes, or a list of them; make one with: gateway hash-password"]),
+        ({"users": "[users]\napp = []"}, ["users.app: names no hash"]),
+        (
+            {"users": f"[users]\napp = ['{SCRYPT}', '{SCRYPT}']"},
+            ["users.app: has two hashes; keep one, and SCRAM keys beside it if you like"],
+        ),
+        ({"users": f"[users]\n'a\u202eb' = '{SCRYPT}'"}, ['users."a\u202eb": the name has characters that no login can send']),
+        ({"senders": "[senders]\n'' = ['*']"}, ['senders."": the name must have between 1 and 255 octets']),
+        ({"senders": "[senders]\napp = ['x']"}, ["senders.app[0]: 'x' has no @; write \"*@x\" for a whole domain or \"*\" for everybody"]),
+        (
+            {"authentication": "[authentication]\njwks_url = 'https://id.example/keys'"},
+            [
+                "authentication.issuer: is missing: jwks_url needs it, or tokens for others would do",
+                "authentication.audience: is missing: jwks_url needs it, or tokens for others would do",
+            ],
+        ),
+        (
+            {"authentication": "[authentication]\nmechanisms = ['CRAM-MD5']"},
+            ["authentication.mechanisms[0]: must be one of SCRAM-SHA-256-PLUS, SCRAM-SHA-256, PLAIN, LOGIN, OAUTHBEARER, XOAUTH2"],
+        ),
         # listeners
         ({"listeners": ""}, ['listeners: no address to listen on; write [[listeners]] with address = "127.0.0.1:2525"']),
         ({"listeners": "[listeners]\naddress = '127.0.0.1:1'"}, ["listeners: must be written as [[listeners]]"]),
@@ -474,7 +498,6 @@ def not_yet(way: str) -> str:
         ({"listeners": "[[listeners]]\naddress = 'unix:/run/x'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
         ({"listeners": "[[listeners]]\naddress = 'fd:3'"}, ['listeners[0].address: ' + not_yet('write "host:port"')]),
         ({"listeners": LISTENER + "protocol = 'esmtp'"}, ["listeners[0].protocol: must be one of smtp, submission, lmtp; did you mean 'smtp'?"]),
-        ({"listeners": LISTENER + "protocol = 'submission'"}, ['listeners[0].protocol: ' + not_yet('write "smtp"')]),
         (
             {"listeners": LISTENER + "tls = 'starttls'"},
             [
@@ -491,7 +514,14 @@ def not_yet(way: str) -> str:
             {"listeners": LISTENER + f"certificate = '/no/cert'\nkey = '{__file__}'"},
             ["listeners[0].certificate: there is no file /no/cert"],
         ),
-        ({"listeners": LISTENER + "auth = 'offered'"}, ['listeners[0].auth: ' + not_yet('write "off"')]),
+        (
+            {"listeners": LISTENER + "auth = 'offered'", "users": f"[users]\napp = '{SCRYPT}'"},
+            ['listeners[0].auth: is never offered in clear, and tls is "off"; write tls = "required", or auth_without_tls = true'],
+        ),
+        (
+            {"listeners": LISTENER + "auth = 'offered'\nauth_without_tls = true"},
+            ["listeners[0].auth: nobody can log in: there are no [users], no users_file and no [authentication] with url or jwks_url"],
+        ),
         (
             {"listeners": LISTENER + "proxy_protocol_from = ['10.0.0.0/8']\nxclient_from = ['10.0.0.0/8']"},
             [f"listeners[0].proxy_protocol_from: {not_yet('leave it out')}", f"listeners[0].xclient_from: {not_yet('leave it out')}"],
@@ -1070,14 +1100,14 @@ def test_every_key_there_is_stands_in_the_example() -> None:
 
 
 def test_what_is_commented_out_in_the_example_is_the_default() -> None:
-    active = {place: set(table) for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}})}
+    active = {place: set(table) for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}, "authentication": {}})}
     seen = 0
     for place, model, table in tables_of(uncommented()):
         for key, value in table.items():
             field = model.model_fields[key]
             default = field.get_default(call_default_factory=True) if not field.is_required() else None
             # Without a default, or inside a table that is an example as a whole, the value is one.
-            if key in active.get(place, {key}) or default is None or (model is Head and key == "users") or key == "hosts":
+            if key in active.get(place, {key}) or default is None or (model is Head and key in ("users", "senders")) or key == "hosts":
                 continue
             needed = {name: table[name] for name, other in model.model_fields.items() if other.is_required() or name in ("hosts", "sinks", "sink")
                       if name in table}  # fmt: skip
