@@ -110,7 +110,7 @@ class Users:
         self._service = Service(authentication) if authentication is not None and authentication.url is not None else None
         self._key_set = KeySet(authentication) if authentication is not None and authentication.jwks_url is not None else None
         self._wanted = None if wanted is None else frozenset(wanted)
-        self._lockout = Lockout() if lockout is None else lockout
+        self.lockout = Lockout() if lockout is None else lockout
         self._clock = clock
         self._threads = Threads()
         self.go_by(accounts)
@@ -127,16 +127,16 @@ class Users:
         self._seed = sha256(b"\0".join(f"{name}:{one.password}:{one.keys}".encode() for name, one in sorted(accounts.items()))).digest()
 
     async def judge(self, login: Login, client: Client, listener: str) -> Judgement:
-        if login.proven is None and self._lockout.locked(client.ip, login.user, self._clock()):
+        if login.proven is None and self.lockout.locked(client.ip, login.user, self._clock()):
             return Judgement(reply=LOCKED, note="locked")
         try:
             judgement = await self._judged(login, client, listener)
         except _Broken as fault:
             return Judgement(reply=UNAVAILABLE, note=str(fault)[:200])
         if judgement.identity is not None:
-            self._lockout.succeeded(client.ip, login.user or judgement.identity)
+            self.lockout.succeeded(client.ip, login.user or judgement.identity)
         elif judgement.keys is None:
-            self._lockout.failed(client.ip, login.user, self._clock())
+            self.lockout.failed(client.ip, login.user, self._clock())
         return judgement
 
     async def _judged(self, login: Login, client: Client, listener: str) -> Judgement:

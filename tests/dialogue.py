@@ -2,7 +2,7 @@
 
 One story a file. Its first line is ``# RFC section: reason``. Then settings, then steps::
 
-    @set message_size=1000          a rule of the listener (see Settings)
+    @set message_size=1000          a rule of the listener (see Settings); ``auth=offered`` brings USERS
     @route *@app.example            replaces the default route; options: delivered, relay
     @answers 451 4.3.0 full         what the intake says to each finished message in turn (default 250)
     @here why                       this one is never run over a socket, and why
@@ -28,6 +28,7 @@ Escapes: ``\\r \\n \\t \\0 \\\\ \\xHH``, and ``{1000*text}`` repeats.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import random
 import re
@@ -37,11 +38,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gateway.contracts import Judgement, Login
 from gateway.message import Client
+from gateway.passwords import account, scram_keys
+from gateway.passwords import read as read_stored
 from gateway.reply import Reply
 from gateway.route import Route, Routes
+from gateway.senders import Senders
 from gateway.smtp.server import (
+    AuthWanted,
     Event,
+    LoggedIn,
     MailAborted,
     MailContent,
     MailFinished,
@@ -50,10 +57,21 @@ from gateway.smtp.server import (
     Rules,
     ServerSession,
 )
+from gateway.users import mechanisms
 
 FOLDER = Path(__file__).parent / "transcripts"
 HOSTNAME = "mx.example.net"
 ACCEPTED = Reply(250, "2.0.0", "accepted")
+#: Who may log in where a dialogue has ``@set auth=…``: SCRAM with the example of RFC 7677, too.
+USERS = {
+    "alice": ["$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$DKmzQqrK7qQQ5XWaJ1DqpQjG8ZrfhsmL5iGRM4ApY/U"],
+    "user": [str(scram_keys("pencil", base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ=="), 4096))],
+    "carol@app.example": ["$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$DKmzQqrK7qQQ5XWaJ1DqpQjG8ZrfhsmL5iGRM4ApY/U"],
+}
+ACCOUNTS = {name: account([read_stored(text) for text in texts]) for name, texts in USERS.items()}
+MECHANISMS: list[Any] = ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
+WANTED = frozenset(MECHANISMS)
+SENDERS = {"alice": ["alice@app.example", "*@lists.example"], "*": ["noreply@app.example"]}
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,9 @@ class Settings:
     long_lines: Literal["accept", "reject"] = "accept"
     bare_newlines: Literal["reject", "normalize"] = "reject"
     binarymime: bool = True
+    auth: Literal["off", "offered", "required"] = "off"
+    auth_without_tls: bool = True
+    senders: bool = False
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
 
     def rules(self) -> Rules:
@@ -80,6 +101,10 @@ class Settings:
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,
             binarymime=self.binarymime,
+            auth=self.auth,
+            auth_without_tls=self.auth_without_tls,
+            mechanisms=mechanisms(ACCOUNTS, service=False, key_set=False, wanted=WANTED),
+            senders=Senders(SENDERS if self.senders else {}, HOSTNAME, strict=self.protocol == "submission"),
         )
 
 
@@ -293,6 +318,16 @@ def matches(pattern: list[str], reply: list[str]) -> bool:
     )
 
 
+def judged(login: Login) -> Judgement:
+    """What is true of a login, for the users of the dialogues. The nonce is that of RFC 7677 §3."""
+    known = ACCOUNTS.get(login.user)
+    if login.token is None and login.password is None and login.proven is None:
+        keys = known.keys if known is not None and known.keys is not None else scram_keys("none", b"saltsaltsalt", 4096)
+        return Judgement(keys=keys, nonce="%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0")
+    good = login.proven if login.password is None else known is not None and known.password.proves(login.password)
+    return Judgement(login.user) if good and known is not None else Judgement()
+
+
 class Driver:
     """Plays listener and intake for one session: carries out its events, holds it to its word.
 
@@ -304,10 +339,12 @@ class Driver:
         self.wire = b""
         self.accepted: list[Mail] = []
         self.refused: list[Refused] = []
+        self.users: list[str] = []
         self.tarpit = 0
         self._answers = iter([*answers])
         self._drafts: dict[int, tuple[MailStarted, list[bytes]]] = {}
         self._finished: list[int] = []
+        self._login: Login | None = None
 
     def start(self, early: bool = False) -> None:
         self._turn(self.session.start(early))
@@ -331,6 +368,12 @@ class Driver:
         while True:
             for event in events:
                 self._carry(event)
+            if self._login is not None:
+                login, self._login = self._login, None
+                assert session.paused, "a login that is not waited for"
+                assert session.awaiting == "login"
+                events = session.judged(judged(login))
+                continue
             if session.delay:
                 assert session.paused, "a tarpit that goes on reading"
                 assert not session.outgoing(), "the tarpit withholds nothing"
@@ -375,6 +418,12 @@ class Driver:
             del self._drafts[event.number]
         elif isinstance(event, Refused):
             self.refused.append(event)
+        elif isinstance(event, AuthWanted):
+            assert self._login is None, "two logins at a time"
+            self._login = event.login
+        elif isinstance(event, LoggedIn):
+            self.users.append(event.user)
+            assert self.session.client.user == event.user
         else:
             raise AssertionError(f"nobody asked for {event}")
 

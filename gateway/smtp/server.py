@@ -289,14 +289,14 @@ class ServerSession(Conversation):
         if line is None:
             return False
         fault = receiver.line_fault
-        if fault == "flood":
+        if fault in ("newline", "flood"):
+            # A bare LF ended this line: what stands behind it is the next command, however it was cut.
+            self._state = COMMAND
             self._malformed(fault)
         elif self._ends_group():
             self._state = COMMAND
-            if fault == "long":
+            if fault is not None:
                 self._fault("auth", replies.AUTH_TOO_LONG)
-            elif fault is not None:
-                self._malformed(fault)
             elif self._exchange is not None and self._exchange.refusal is not None:
                 # What a mechanism wants said before a refusal changes nothing in it.
                 self._refuse_login(self._exchange.refusal, self._exchange.note)

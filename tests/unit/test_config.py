@@ -1100,7 +1100,10 @@ def test_every_key_there_is_stands_in_the_example() -> None:
 
 
 def test_what_is_commented_out_in_the_example_is_the_default() -> None:
-    active = {place: set(table) for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}, "authentication": {}})}
+    active = {
+        place: set(table)
+        for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}, "authentication": {}})
+    }
     seen = 0
     for place, model, table in tables_of(uncommented()):
         for key, value in table.items():
