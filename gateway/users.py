@@ -272,6 +272,8 @@ class KeySet:
         self._issuer = config.issuer
         self._audience = config.audience
         self._claim = config.identity_claim
+        self._timeout = config.timeout
+        self._fault = ""
         self._keys: dict[str, Any] = {}
         self._looked = -KEYS_LIFETIME
         self._turn = asyncio.Lock()
@@ -310,19 +312,21 @@ class KeySet:
         return decoded
 
     async def _key(self, kid: object, threads: Threads) -> Any:
-        """The key of this name (a set of one needs no name). Raises _Broken."""
+        """The key of this name (a set of one needs no name), None where the issuer has none. Raises
+        _Broken while no key set could be had."""
         async with self._turn:
-            now = time.monotonic()
-            age = now - self._looked
+            age = time.monotonic() - self._looked
             if age >= KEYS_LIFETIME or (age >= KEYS_AGAIN and self._named(kid) is None):
+                self._looked = time.monotonic()
                 try:
-                    fetched = await threads.run(lambda: self._client.get_signing_keys(refresh=True))
-                except self._jwt.PyJWTError as error:
-                    if not self._keys:
-                        raise _Broken(f"the key set: {type(error).__name__}") from None
+                    async with asyncio.timeout(self._timeout):
+                        fetched = await threads.run(lambda: self._client.get_signing_keys(refresh=True))
+                except (self._jwt.PyJWTError, ValueError, OSError) as error:
+                    self._fault = type(error).__name__
                 else:
                     self._keys = {str(one.key_id): one for one in fetched}
-                self._looked = now
+        if not self._keys:
+            raise _Broken(f"the key set: {self._fault}")
         return self._named(kid)
 
     def _named(self, kid: object) -> Any:
