@@ -51,7 +51,7 @@ FORBIDDEN: dict[str, set[str]] = {
 
 #: Values of the words floor that only the standard library may touch.
 STDLIB_ONLY = {"reply", "message", "route", "contracts"}
-THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "pydantic", "click", "prometheus_client"}
+THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "pydantic", "click", "prometheus_client", "argon2", "jwt"}
 
 
 def place(module: str) -> tuple[str, tuple[int, str]]:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway import passwords
 from gateway.config import (
     CHECKS,
     SINKS,
@@ -1005,6 +1006,72 @@ def test_what_was_probably_not_meant(tmp_path: Path) -> None:
         "sinks.lone: no route names it",
         "checks.lone: no route names it",
         "retry.expire: is shorter than the first delay: every message gets one try only",
+    ]
+
+
+AUTH = LISTENER + "auth = 'required'\nauth_without_tls = true\n"
+
+
+def test_users_of_the_file_and_of_a_file_of_their_own(tmp_path: Path) -> None:
+    keys = str(passwords.made("x", "scram"))
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\nbob:{keys}\n")
+    (tmp_path / "people").chmod(0o600)
+    config = load(
+        tmp_path, text(head="users_file = 'people'", listeners=AUTH, users=f"[users]\nalice = '{SCRYPT}'\ncarol = ['{keys}', '{SCRYPT}']\n")
+    )
+    accounts = config.accounts()
+    assert sorted(accounts) == ["alice", "bob", "carol"]
+    assert accounts["alice"].keys is None
+    assert accounts["bob"] == accounts["carol"]
+    assert SCRYPT not in repr(config)
+    assert (
+        "users: SCRAM is not offered, because 'alice' has no SCRAM keys; make them with: gateway hash-password --scram" in config.warnings()
+    )
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\nno colon\n")
+    with pytest.raises(ConfigError, match="line 2: is not name:hash"):
+        config.accounts()
+
+
+def test_faults_of_a_users_file(tmp_path: Path) -> None:
+    toml = text(head="users_file = 'people'", listeners=AUTH)
+    place = tmp_path / "people"
+    assert faults(tmp_path, toml) == [f"users_file: cannot read {place}: No such file or directory"]
+    place.write_text(f"{'bad' * 5}\n" * 12)
+    (told,) = faults(tmp_path, toml)
+    assert told.startswith(f"users_file: {place}: line 1: is not name:hash; line 2: ")
+    assert told.endswith("; and 2 more")
+    place.write_text(f"alice:{SCRYPT}\n")
+    assert faults(tmp_path, toml + f"[users]\nalice = '{SCRYPT}'\n") == [
+        "users_file: 'alice' stands in [users] as well; keep one of the two"
+    ]
+
+
+def test_logins_that_were_probably_not_meant(tmp_path: Path) -> None:
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\n")
+    (tmp_path / "people").chmod(0o644)
+    config = load(
+        tmp_path,
+        text(
+            head="users_file = 'people'",
+            listeners="[[listeners]]\naddress = '0.0.0.0:0'\nprotocol = 'submission'\nauth = 'offered'\nauth_without_tls = true\n",
+        ),
+    )
+    assert {line.partition(":")[0] for line in config.warnings()} >= {"listeners[0].auth", "listeners[0].auth_without_tls", "users_file"}
+    config = load(tmp_path, text(users=f"[users]\nbob = '{SCRYPT}'\n", senders="[senders]\nbob = ['*']\n"))
+    assert {
+        "users: no listener has auth: nobody can ever log in",
+        "senders: no listener has auth: nobody is ever held to this",
+    } <= set(config.warnings())
+
+
+def test_a_service_is_somebody(tmp_path: Path) -> None:
+    config = load(tmp_path, text(listeners=AUTH, authentication="[authentication]\nurl = 'http://127.0.0.1:1/login'\n"))
+    assert config.accounts() == {}
+    owners = config.owners(config.listeners[0])
+    assert owners is None
+    # What is faulty in itself is told once.
+    assert faults(tmp_path, text(listeners=AUTH, authentication="[authentication]\nurl = 'x'\n")) == [
+        'authentication.url: must be a URL like "https://app.example/inbound"'
     ]
 
 
