@@ -79,8 +79,9 @@ class Receiver:
     again while it leaves a read unread (it pauses the transport instead).
     """
 
-    def __init__(self, line_limit: int = ..., normalize: bool = ...) -> None:
-        """``line_limit``: 2 to FLOOD_LIMIT. ``normalize``: in content a bare LF becomes CRLF instead
+    def __init__(self, line_limit: int = ..., normalize: bool = ..., auth_limit: int = ...) -> None:
+        """``line_limit``: 2 to FLOOD_LIMIT. ``auth_limit``: the same for AUTH commands, where it is
+        more (0: it is not). ``normalize``: in content a bare LF becomes CRLF instead
         of a fault (a bare CR stays one), and begins a line whose first dot is stuffing; but a dot
         alone between a bare LF and a CRLF is that line: it ends nothing."""
     def feed(self, data: bytes) -> None: ...

@@ -1101,6 +1101,7 @@ cdef class Receiver:
     cdef bytes data           # the read that is being taken apart, or the rest of one
     cdef Py_ssize_t at        # octets of it already read
     cdef Py_ssize_t line_limit
+    cdef Py_ssize_t auth_limit
     cdef Py_ssize_t skipped   # octets of an over-long line that are gone
     cdef bint flooded
     cdef bint binary
@@ -1109,10 +1110,13 @@ cdef class Receiver:
     cdef readonly str line_fault
     cdef readonly Py_ssize_t taken
 
-    def __init__(self, line_limit: int = LINE_LIMIT, normalize: bool = False):
+    def __init__(self, line_limit: int = LINE_LIMIT, normalize: bool = False, auth_limit: int = 0):
         if not 2 <= line_limit <= FLOOD:
             raise ValueError(f"line_limit {line_limit} is not within 2-{FLOOD}")
+        if not 0 <= auth_limit <= FLOOD:
+            raise ValueError(f"auth_limit {auth_limit} is not within 0-{FLOOD}")
         self.line_limit = line_limit
+        self.auth_limit = auth_limit
         self.walk.normalize = normalize
         self.begin()
 
@@ -1148,7 +1152,7 @@ cdef class Receiver:
         cdef int high = 0
         cdef str fault
         cdef Command command
-        n = self.next_line(self.line_limit, &high)
+        n = self.next_line(self.auth_limit if self.auth_limit > self.line_limit and self.at_auth() else self.line_limit, &high)
         if n < 0:
             return None
         fault = self.line_fault
@@ -1240,6 +1244,14 @@ cdef class Receiver:
     @property
     def hops(self):
         return self.header.hops
+
+    cdef inline bint at_auth(self):
+        """The next line is an AUTH command, as far as it is here and was not already too long."""
+        cdef octets_t p
+        if self.data is None or self.skipped or PyBytes_GET_SIZE(self.data) - self.at < 5:
+            return False
+        p = <octets_t>PyBytes_AS_STRING(self.data) + self.at
+        return p[0] & 0xDF == c"A" and p[1] & 0xDF == c"U" and p[2] & 0xDF == c"T" and p[3] & 0xDF == c"H" and p[4] == c" "
 
     cdef Py_ssize_t next_line(self, Py_ssize_t limit, int* high) except -2:
         """Octets of the next line's text, CRLF not among them; -1 if it is not whole yet.

@@ -53,6 +53,7 @@ from .reply import Reply
 from .sinks import make_sink
 from .smtp.server import Rules
 from .spool.sqlite import SqliteSpool
+from .users import Users
 
 if TYPE_CHECKING:
     from .admin.http import Site
@@ -221,6 +222,7 @@ class Gateway:
         self._listeners: list[Listener] = []
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[str, Check] = {}
+        self._users: Users | None = None
         self._spool: SqliteSpool | None = None
         self._queue: Queue | None = None
         self._intake: MailIntake | None = None
@@ -354,6 +356,10 @@ class Gateway:
                 self._checks[name] = make_check(name, check)
         except (LookupError, ValueError, OSError) as error:
             raise ConfigError([f"sinks and checks: {error}"]) from error
+        try:
+            self._users = Users(config.accounts(), config.authentication)
+        except ValueError as error:
+            raise ConfigError([f"authentication: {error}"]) from error
         self._queue = Queue(
             self._spool,
             self._sinks,
@@ -391,6 +397,7 @@ class Gateway:
                     lent=entry.address.startswith("fd:"),
                     door=door(entry),
                     context=context,
+                    authenticator=self._users,
                 )
             )
         self._watch()
@@ -432,6 +439,9 @@ class Gateway:
                 bare_newlines=listener.bare_newlines,
                 tls=listener.tls,
                 auth=listener.auth,
+                auth_without_tls=listener.auth_without_tls,
+                mechanisms=self._users.mechanisms if self._users is not None else (),
+                senders=config.owners(listener),
                 binarymime=binary,
                 client_checks=config.checks_at("client"),
                 sender_checks=config.checks_at("sender"),
@@ -462,13 +472,16 @@ class Gateway:
         nothing, where it differs in what only a restart can change."""
         config, old = self._composed(given), self.config
         differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
-        fixed = sorted(differing - {"routes", "limits", "listeners", "drain"})
+        fixed = sorted(differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders"})
         if [(one.address, one.mode) for one in old.listeners] != [(one.address, one.mode) for one in config.listeners]:
             fixed.append("listeners")
         if old.limits.memory != config.limits.memory:
             fixed.append("limits.memory")
         if fixed:
             raise ConfigError([f"{name}: only a restart can change this" for name in fixed])
+        accounts = config.accounts()
+        if self._users is not None:
+            self._users.go_by(accounts)
         rules = self._rules(config)
         stamps = _stamps(config)
         secured = contexts(config)
@@ -560,7 +573,7 @@ class Gateway:
             await self._safely(self._intake.close())
         for check in self._checks.values():
             await self._safely(check.close())
-        for part in (self._control, self._site):
+        for part in (self._users, self._control, self._site):
             if part is not None:
                 await self._safely(part.close())
         if self._spool is not None:

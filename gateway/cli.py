@@ -302,7 +302,7 @@ def version(as_json: bool) -> None:
     from importlib.metadata import version as installed
 
     versions = {"gateway": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for package in ("uvloop", "apsw", "orjson", "pydantic", "pyreqwest", "aiohttp", "prometheus-client", "click"):
+    for package in ("uvloop", "apsw", "orjson", "pydantic", "pyreqwest", "aiohttp", "prometheus-client", "click", "argon2-cffi"):
         try:
             versions[package] = installed(package)
         except PackageNotFoundError:
@@ -332,6 +332,34 @@ def _expiring(config: Config) -> list[str]:
                 when = "has expired" if left < 0 else f"expires in {left:.0f} days"
                 found.append(f"listeners[{number}]: {certificate} {when}")
     return found
+
+
+@cli.command("hash-password")
+@click.option("--scram", "kind", flag_value="scram", help="SCRAM keys, for clients that log in with SCRAM-SHA-256 (and any other way).")
+@click.option("--argon2", "kind", flag_value="argon2", help="An argon2id hash.")
+@click.option("--scrypt", "kind", flag_value="scrypt", default=True, help="A scrypt hash; this unless said otherwise.")
+@click.option("--name", metavar="NAME", help="Print a whole line of a users_file.")
+def hash_password(kind: str, name: str | None) -> None:
+    """Make what [users] and users_file keep of a password.
+
+    Asks for the password, or takes the first line of standard input. It is never an argument: others could read it there.
+    """
+    from . import passwords
+
+    if name is not None and (":" in name or (fault := passwords.name_fault(name)) is not None):
+        raise click.BadParameter("Has a colon." if ":" in name else f"The name {fault}.", param_hint="--name")
+    if sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    else:
+        try:
+            password = sys.stdin.buffer.readline().decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise Refused(["the password is not UTF-8 text"]) from None
+    try:
+        made = passwords.made(password, cast("passwords.Kind", kind))
+    except ValueError as error:
+        raise Refused([str(error)]) from None
+    click.echo(f"{made}" if name is None else f"{name}:{made}")
 
 
 # -------------------------------------------------------------------------------- queue
@@ -633,6 +661,9 @@ def _shown(name: str, value: Any) -> str:
 
 def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
     from .smtp.server import Rules
+    from .users import mechanisms
+
+    logins = config.authentication
 
     return Rules(
         hostname=config.hostname,
@@ -645,6 +676,14 @@ def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
         bare_newlines=listener.bare_newlines,
         tls=listener.tls,
         auth=listener.auth,
+        auth_without_tls=listener.auth_without_tls,
+        mechanisms=mechanisms(
+            config.accounts(),
+            logins is not None and logins.url is not None,
+            logins is not None and logins.jwks_url is not None,
+            None if logins is None or logins.mechanisms is None else frozenset(logins.mechanisms),
+        ),
+        senders=config.owners(listener),
         client_checks=config.checks_at("client"),
         sender_checks=config.checks_at("sender"),
         recipient_checks=frozenset(config.checks_at("recipient")),
@@ -664,7 +703,8 @@ def _explained(
 
     routes = config.table()
     trusted = door(listener).trusts(ip)
-    session = ServerSession(_rules(config, listener, routes), Client(ip, helo=helo, user=user), "explain", listener.address, trusted)
+    rules = _rules(config, listener, routes)
+    session = ServerSession(rules, Client(ip, helo=helo, user=user), "explain", listener.address, trusted)
     checks: list[dict[str, str]] = []
     taken: list[Route] = []
     dialogue: list[str] = []
@@ -733,6 +773,12 @@ def _explained(
         "client": ip,
         "from": sender,
         "to": recipient,
+        "auth": {
+            "listener": listener.auth,
+            "mechanisms": list(rules.mechanisms) if listener.auth != "off" else [],
+            "without_tls": listener.auth_without_tls,
+            "user": user,
+        },
         "checks": checks,
         "route": None if route is None else {"number": numbers[0], "recipients": list(route.recipients), "acknowledge": route.acknowledge},
         "sinks": [] if route is None else [{"name": name, "type": config.sinks[name].type} for name in route.sinks],
@@ -813,6 +859,7 @@ def _print_explained(told: dict[str, Any]) -> None:
         ("listener", told["listener"]),
         ("protocol", told["door"]["protocol"]),
         ("tls", _tls_shown(told["tls"])),
+        ("auth", _login(told["auth"])),
         *_told_door(told),
         ("checks", ", ".join(f"{check['check']} ({check['stage']})" for check in told["checks"]) or "none"),
         ("route", f"routes[{route['number']}]: {listed}, acknowledge {route['acknowledge']}" if route else "none"),
@@ -830,6 +877,15 @@ def _tls_shown(tls: dict[str, Any]) -> str:
         tls["offered"]
     ]
     return way if tls["offered"] == "off" else f"{way}; this mail {'with it' if tls['used'] else 'in clear'}"
+
+
+def _login(auth: dict[str, Any]) -> str:
+    """How one may log in here, and as whom this client did."""
+    if auth["listener"] == "off":
+        return "off" + ("" if auth["user"] is None else f"; nobody could be {auth['user']} here")
+    where = "" if auth["without_tls"] else " under TLS"
+    user = "not logged in" if auth["user"] is None else f"as {auth['user']}"
+    return f"{auth['listener']}{where} ({' '.join(auth['mechanisms']) or 'no mechanism'}), {user}"
 
 
 def _print_json(value: Any) -> None:

@@ -43,13 +43,16 @@ from pydantic import (
     model_validator,
 )
 
+from . import passwords
 from .contracts import Stage
 from .message import Client, Message
 from .reply import Reply
 from .route import Network, Route, Routes, everybody
+from .senders import Senders
 
 __all__ = [
     "Admin",
+    "Authentication",
     "Bounces",
     "CertificateConfig",
     "CheckConfig",
@@ -307,6 +310,14 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _hashes(value: object) -> object:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a hash in quotes, or a list of them; make one with: gateway hash-password")
+    passwords.account([passwords.read(text) for text in texts])
+    return texts
+
+
 class Reserve(BaseModel):
     """Room that must stay free: a ``share`` (0…1) of octets and of inodes, or ``octets``."""
 
@@ -351,6 +362,8 @@ Url = Annotated[str, AfterValidator(_url)]
 Secret = Annotated[Annotated[str, Field(min_length=1)] | None, Field(repr=False)]
 SigningSecret = Annotated[Annotated[str, AfterValidator(_signing_secret)] | None, Field(repr=False)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+#: One hash, or a hash and SCRAM keys.
+Hashes = Annotated[list[str], BeforeValidator(_hashes)]
 
 
 class Table(BaseModel):
@@ -435,6 +448,7 @@ class ListenerConfig(Table):
     auth: Literal["off", "offered", "required"] = "off"
     mode: Annotated[str, AfterValidator(_mode)] = "0660"
     greet_delay: Annotated[Duration, Field(le=60.0)] = 0.0
+    auth_without_tls: bool = False
     proxy_protocol_from: Networks = []
     xclient_from: Networks = []
     bare_newlines: Literal["reject", "normalize"] = "reject"
@@ -452,6 +466,8 @@ class ListenerConfig(Table):
             yield "client_ca", 'tls is off; write tls = "required" (or "starttls", or "implicit")'
         if table.get("client_certificate", "optional") != "optional" and table.get("client_ca") is None:
             yield "client_certificate", "client_ca is missing: it says whose certificates are good"
+        if table.get("auth", "off") != "off" and not tls and not table.get("auth_without_tls"):
+            yield "auth", 'is never offered in clear, and tls is "off"; write tls = "required", or auth_without_tls = true'
 
     @property
     def pairs(self) -> tuple[tuple[Path, Path], ...]:
@@ -507,6 +523,34 @@ class Bounces(Table):
     """``[bounces]``: who carries delivery status notifications."""
 
     sink: str
+
+
+Mechanism = Literal["SCRAM-SHA-256-PLUS", "SCRAM-SHA-256", "PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"]
+
+
+class Authentication(Table):
+    """``[authentication]``: who judges logins of users that are not in ``[users]``, and how one may log in.
+
+    ``url``: a service that gets one POST a login. ``jwks_url``: the keys of ``issuer``, whose tokens
+    for ``audience`` say in ``identity_claim`` who it is. ``mechanisms``: None is all that can work
+    for every user."""
+
+    url: Url | None = None
+    secret: SigningSecret = None
+    secret_file: FilePath | None = None
+    timeout: Deadline = 5.0
+    jwks_url: Url | None = None
+    issuer: str | None = None
+    audience: str | None = None
+    identity_claim: Annotated[str, Field(min_length=1)] = "email"
+    mechanisms: Annotated[list[Mechanism], Field(min_length=1)] | None = None
+
+    @classmethod
+    def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if table.get("jwks_url") is not None:
+            for key in ("issuer", "audience"):
+                if not table.get(key):
+                    yield key, "is missing: jwks_url needs it, or tokens for others would do"
 
 
 class Admin(Table):
@@ -767,10 +811,6 @@ def _no_tcp(value: Any) -> bool:
 #: What the file will be able to say in a later version: place (``*`` is any entry), what cannot
 #: be had there today, and what to write instead.
 NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-    (("users",), _off, "leave it out"),
-    (("users_file",), _off, "leave it out"),
-    (("listeners", "*", "protocol"), lambda value: value == "submission", 'write "smtp"'),
-    (("listeners", "*", "auth"), lambda value: value in ("offered", "required"), 'write "off"'),
     (("spool", "engine"), lambda value: value == "postgres", 'write "sqlite"'),
     (("spool", "dsn"), _off, "leave it out"),
     (("sinks", "*", "mx"), lambda value: value is True, "name the servers in hosts"),
@@ -785,13 +825,30 @@ NOT_YET: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
 ]
 
 
+def _users_file(path: Path) -> Path:
+    """The file is read again for ``accounts``; here only its faults are wanted, none of which repeats a hash."""
+    _, faults = _read_users(path)
+    if faults:
+        shown = "; ".join(f"line {number}: {sentence}" for number, sentence in faults[:10])
+        raise ValueError(f"{path}: {shown}" + (f"; and {len(faults) - 10} more" if len(faults) > 10 else ""))
+    return path
+
+
+def _read_users(path: Path) -> tuple[dict[str, list[passwords.Stored]], list[tuple[int, str]]]:
+    try:
+        return passwords.read_lines(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from None
+
+
 class Head(Table):
-    """The keys that stand above the first table of the file."""
+    """The keys that stand above the first table of the file, and the tables that have no keys of their own."""
 
     hostname: Annotated[str, AfterValidator(_hostname)] = Field(default_factory=lambda: _machine_name())
     workers: Annotated[int, Field(ge=0, le=1024)] = 1
-    users: Annotated[dict[str, str], Field(repr=False)] = {}
-    users_file: FilePath | None = None
+    users: Annotated[dict[str, Hashes], Field(repr=False)] = {}
+    users_file: Annotated[FilePath, AfterValidator(_users_file)] | None = None
+    senders: dict[str, list[Pattern]] = {}
 
     @classmethod
     def prepare(cls, table: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -812,6 +869,7 @@ class Config(Head):
     sinks: dict[str, SinkConfig]
     routes: list[RouteConfig]
     bounces: Bounces | None = None
+    authentication: Authentication | None = None
     admin: Admin | None = None
 
     _source: tuple[Path, Mapping[str, str], Mapping[str, Any]] | None = PrivateAttr(default=None)
@@ -820,8 +878,9 @@ class Config(Head):
     def _fits(self) -> Config:
         parts = {name: getattr(self, name) for name in type(self).model_fields}
         relaying = {name for name, sink in self.sinks.items() if sink.relays}
-        if faults := [*_not_yet(parts), *_cross_faults(parts, relaying)]:
+        if faults := [*_not_yet(parts), *_cross_faults(parts, relaying), *_login_faults(parts)]:
             raise ConfigError(_lines(faults))
+        self.accounts()
         return self
 
     # ------------------------------------------------------------- ways to get one
@@ -934,6 +993,24 @@ class Config(Head):
             ],
             self.hostname,
         )
+
+    def accounts(self) -> dict[str, passwords.Account]:
+        """Everybody in ``users`` and ``users_file``; the file is read anew. Raises ConfigError."""
+        found = {name: [passwords.read(text) for text in texts] for name, texts in self.users.items()}
+        if self.users_file is not None:
+            try:
+                filed, _ = _read_users(_users_file(self.users_file))
+            except ValueError as error:
+                raise ConfigError([f"users_file: {error}"]) from None
+            if twice := sorted(found.keys() & filed.keys()):
+                raise ConfigError([f"users_file: {twice[0]!r} stands in [users] as well; keep one of the two"])
+            found |= filed
+        return {name: passwords.account(forms) for name, forms in found.items()}
+
+    def owners(self, listener: ListenerConfig) -> Senders | None:
+        """Who may send as whom on this listener; None: nobody is held to anything."""
+        strict = listener.protocol == "submission"
+        return Senders(self.senders, self.hostname, strict=strict) if self.senders or strict else None
 
     def checks_at(self, stage: Stage) -> tuple[str, ...]:
         """The checks that judge at this stage, in the order of the file."""
@@ -1092,8 +1169,13 @@ class _Reading:
             parts[key] = {name: self._typed(key, models, entry, (key, name)) for name, entry in named.items()}
         plain = {key: tree[key] for key in Head.model_fields if key in tree}
         head = self._table(Head, plain, ())
+        logins = {key: tree.get(key) for key in ("users", "users_file", "senders")}
+        if parts.get("authentication") is None:
+            # Its own faults are told already.
+            logins["unread_authentication"] = tree.get("authentication")
         relaying = {name for name, sink in self._entries(tree, "sinks", dict).items() if _relays(sink)}
         self.faults.extend(_cross_faults(parts, relaying))
+        self.faults.extend(_login_faults(parts | logins))
         if self.faults:
             raise ConfigError(_lines(self._first_at_each_place()))
         for key in _LISTS:
@@ -1247,6 +1329,7 @@ _SINGLE: dict[str, type[Table]] = {
     "spool": SpoolConfig,
     "retry": Retry,
     "bounces": Bounces,
+    "authentication": Authentication,
     "admin": Admin,
 }
 _LISTS: dict[str, type[Table]] = {"listeners": ListenerConfig, "routes": RouteConfig}
@@ -1341,6 +1424,25 @@ def _cross_faults(parts: Mapping[str, Any], relaying: set[str]) -> list[Fault]:
     return faults
 
 
+def _login_faults(parts: Mapping[str, Any]) -> Iterator[Fault]:
+    """Listeners at which nobody could log in, and users with names that cannot be."""
+    for key in ("users", "senders"):
+        named = parts.get(key)
+        for name in named if isinstance(named, Mapping) else ():
+            if not (key == "senders" and name == "*") and (fault := passwords.name_fault(name)) is not None:
+                yield (key, name), f"the name {fault}"
+    authentication: Authentication | None = parts.get("authentication")
+    somebody = parts.get("users") or parts.get("users_file") or parts.get("unread_authentication")
+    if authentication is not None:
+        somebody = somebody or authentication.url or authentication.jwks_url
+    for number, listener in _numbered(parts["listeners"]):
+        if listener.auth != "off" and not somebody:
+            yield (
+                ("listeners", number, "auth"),
+                "nobody can log in: there are no [users], no users_file and no [authentication] with url or jwks_url",
+            )
+
+
 def _open_relay(route: RouteConfig, relaying: set[str]) -> str | None:
     """The mail server that this route would open to the world (promise 6), or None."""
     relay = next((name for name in route.carriers if name in relaying), None)
@@ -1361,6 +1463,29 @@ def _everybody(clients: Sequence[Network] | None) -> bool:
     four = list(collapse_addresses(network for network in clients if isinstance(network, IPv4Network)))
     six = list(collapse_addresses(network for network in clients if isinstance(network, IPv6Network)))
     return everybody([*four, *six]) or any(_MAPPED.subnet_of(network) for network in six)
+
+
+def _login_warnings(config: Config) -> Iterator[Fault]:
+    logins = any(listener.auth != "off" for listener in config.listeners)
+    for number, listener in enumerate(config.listeners):
+        if listener.protocol == "submission" and listener.auth != "required":
+            yield ("listeners", number, "auth"), 'RFC 6409 wants submission to be authenticated; write auth = "required"'
+        if listener.auth_without_tls and not listener.address.startswith(("127.", "[::1]", "localhost:", "unix:")):
+            yield ("listeners", number, "auth_without_tls"), "passwords travel in clear; keep it to loopback"
+    if (config.users or config.users_file) and not logins:
+        yield ("users" if config.users else "users_file",), "no listener has auth: nobody can ever log in"
+    if config.senders and not logins:
+        yield ("senders",), "no listener has auth: nobody is ever held to this"
+    if config.users_file is not None and config.users_file.exists() and config.users_file.stat().st_mode & 0o004:
+        yield ("users_file",), "everybody on this machine can read it; chmod o-r"
+    try:
+        accounts = config.accounts()
+    except ConfigError:
+        return  # told where it is used
+    without = next((name for name, account in sorted(accounts.items()) if account.keys is None), None)
+    chosen = config.authentication is not None and config.authentication.mechanisms is not None
+    if without is not None and not chosen and any(account.keys is not None for account in accounts.values()):
+        yield ("users",), f"SCRAM is not offered, because {without!r} has no SCRAM keys; make them with: gateway hash-password --scram"
 
 
 def _warnings(config: Config) -> list[Fault]:
@@ -1390,6 +1515,7 @@ def _warnings(config: Config) -> list[Fault]:
                 )
         named.update(route.checks)
     carrying = {name for route in config.routes for name in route.carriers} | ({config.bounces.sink} if config.bounces else set())
+    found.extend(_login_warnings(config))
     for name, sink in config.sinks.items():
         if name not in carrying:
             found.append((("sinks", name), "no route names it"))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from .message import Client, Envelope, Message, Recipient
+from .passwords import ScramKeys
 from .reply import Reply
 from .route import Route
 
@@ -199,6 +200,42 @@ class Check(Protocol):
     async def close(self) -> None: ...
 
 
+# -------------------------------------------------------------------- logins
+
+
+@dataclass(slots=True)
+class Login:
+    """What a client says to prove who it is. ``password`` (PLAIN, LOGIN) or ``token`` (a bearer
+    token; ``user`` may be ``""`` then). With neither, SCRAM: first its keys are wanted
+    (``proven`` is None), then ``proven`` says whether the proof fits them."""
+
+    mechanism: str
+    user: str
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    proven: bool | None = None
+
+
+@dataclass(slots=True)
+class Judgement:
+    """``identity``: who it is. Without one ``reply`` refuses (535, or 454 for now), but where keys
+    are wanted there are ``keys`` and a fresh ``nonce`` (printable ASCII without a comma), for users
+    that do not exist as well. ``note``: the reason, for the log alone."""
+
+    identity: str | None = None
+    reply: Reply | None = None
+    keys: ScramKeys | None = field(default=None, repr=False)
+    nonce: str = ""
+    note: str = ""
+
+
+class Authenticator(Protocol):
+    """Judges logins. Raises nothing for the far side's doing, takes as long for users that do not
+    exist as for those that do, and never computes a slow hash on the loop."""
+
+    async def judge(self, login: Login, client: Client, listener: str) -> Judgement: ...
+
+
 # -------------------------------------------------------------------- intake
 
 
@@ -206,7 +243,7 @@ class Check(Protocol):
 class Transaction:
     """One mail on a connection, from MAIL on. ``number`` counts within the connection;
     ``routes`` stands beside ``envelope.recipients``. The facts of the content are set at
-    its end."""
+    its end. ``submission``: header fields that are missing are supplied (RFC 6409 §8)."""
 
     number: int
     session: str
@@ -219,6 +256,7 @@ class Transaction:
     eight_bit: bool = False
     header_size: int = 0
     lmtp: bool = False
+    submission: bool = False
 
 
 #: The answer after the end of data: one Reply for SMTP, one per accepted recipient (in

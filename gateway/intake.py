@@ -32,6 +32,7 @@ from .contracts import (
 from .message import INLINE_LIMIT, Content, Message
 from .queue import Queue
 from .reply import Reply
+from .smtp.submission import header_of, supplied
 from .smtp.trace import mark, received
 
 #: Times a message may have passed this very gateway before it is a loop (RFC 5321 §6.3).
@@ -166,6 +167,10 @@ class MailIntake:
             expires_at=now + self.expire,
         )
         message.trace = received(transaction.client, transaction.envelope, self.hostname, message.id, now)
+        if transaction.submission:
+            # A content that has no header has its first lines to show that.
+            header = header_of(content.chunks(), content.header_size or 1024)
+            message.trace += supplied(header, transaction.envelope, self.hostname, message.id, now)
         names = self._wanted(transaction)
         if names:
             self._spawn(self._check(draft, message, names, answer))

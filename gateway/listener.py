@@ -30,7 +30,7 @@ from ipaddress import IPv6Address, ip_address
 from itertools import count
 from typing import Protocol, cast
 
-from .contracts import Draft, Intake, Observer, Verdict
+from .contracts import Authenticator, Draft, Intake, Judgement, Login, Observer, Verdict
 from .message import TLS, Client
 from .net.secure import SecureTransport
 from .net.sockets import BACKLOG, spoken, whence
@@ -39,8 +39,11 @@ from .route import Network
 from .smtp import proxy
 from .smtp.server import (
     Asked,
+    AuthWanted,
     ClientNamed,
     Event,
+    LoggedIn,
+    LoginRefused,
     MailAborted,
     MailContent,
     MailFinished,
@@ -84,6 +87,7 @@ TOO_MANY = Reply(421, "4.3.2", "too many connections, try again later")
 TOO_MANY_OF_YOURS = Reply(421, "4.7.0", "too many connections from your address, try again later")
 NO_MEANS = Reply(421, "4.3.2", "out of resources, try again later")
 TIMED_OUT = Reply(421, "4.4.2", "time-out, closing")
+NO_JUDGEMENT = Judgement(reply=Reply(454, "4.7.0", "authentication is not possible now, try again later"), note="fault")
 SHUTTING_DOWN = Reply(421, "4.3.2", "shutting down, try again later")
 BUG = Reply(421, "4.3.0", "internal fault, try again later")
 
@@ -214,10 +218,12 @@ class Listener:
         lent: bool = False,
         door: Door | None = None,
         context: ssl.SSLContext | None = None,
+        authenticator: Authenticator | None = None,
     ) -> None:
         """``shared``: other processes take connections from this socket as well. ``lent``: it was
         passed on to us, and whoever waits at our end is for the next to whom it is. ``context``: what
-        handshakes begin with from now on, where the rules have TLS; may be replaced at any time."""
+        handshakes begin with from now on, where the rules have TLS; may be replaced at any time, as
+        may ``authenticator``; without one no rules may offer AUTH."""
         self.sock = sock
         self.door = door or Door()
         self.name = spoken(sock.getsockname())
@@ -228,6 +234,7 @@ class Listener:
         self.admission = admission
         self.connections: set[Connection] = set()
         self.session_ids = session_ids
+        self.authenticator = authenticator
         self._shared = shared or lent
         self._nameless: set[asyncio.Task[None]] = set()  # whose proxy has not said yet whom it brings
         self._batch = SHARED_BATCH if shared else BATCH
@@ -463,6 +470,23 @@ class Listener:
         if self._spare is None:
             self._refill()
         self.loop.add_reader(self.sock.fileno(), self._accept)
+
+    # ---------------------------------------------------------------- logins
+
+    def judge(self, login: Login, connection: Connection) -> None:
+        """Have this login judged; the connection is told."""
+        task = self.loop.create_task(self._judge(login, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._attached)
+
+    async def _judge(self, login: Login, connection: Connection) -> None:
+        judgement = NO_JUDGEMENT
+        if self.authenticator is not None:
+            try:
+                judgement = await self.authenticator.judge(login, connection.session.client, self.name)
+            except Exception as error:
+                self.observer.event("bug", message=f"judging a login: {error!r}", traceback=_trace(error), session=connection.id)
+        connection.judged(judgement)
 
     # ------------------------------------------------------------- deadlines
 
@@ -734,6 +758,7 @@ class Connection(asyncio.Protocol):
             self._owed[event.number] = draft
             draft.finish(partial(self._answer, event.number))
         elif isinstance(event, Refused):
+            login = {"user": event.user, "mechanism": event.mechanism, "note": event.note} if isinstance(event, LoginRefused) else {}
             listener.observer.event(
                 "refused",
                 session=self.id,
@@ -743,6 +768,13 @@ class Connection(asyncio.Protocol):
                 code=event.reply.code,
                 reply=str(event.reply),
                 address=event.address,
+                **login,
+            )
+        elif isinstance(event, AuthWanted):
+            listener.judge(event.login, self)
+        elif isinstance(event, LoggedIn):
+            listener.observer.event(
+                "authenticated", session=self.id, listener=listener.name, client=self.client.ip, user=event.user, mechanism=event.mechanism
             )
         elif isinstance(event, ClientNamed):
             by, self.client = self.client, event.client
@@ -788,6 +820,15 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             self._bug(error)
 
+    def judged(self, judgement: Judgement) -> None:
+        """The word on the login that the session waits for."""
+        if self._phase == CLOSING:
+            return
+        try:
+            self._run(self.session.judged(judgement))
+        except Exception as error:
+            self._bug(error)
+
     def _drained(self) -> None:
         if self._running is None and self._phase != CLOSING:
             self._settle()
@@ -825,14 +866,16 @@ class Connection(asyncio.Protocol):
         if awaiting == "handshake":
             self._shake()
             return
-        # Until the greeting is out nobody may talk: whoever does is to be noticed.
-        hold = self._stuck or session.more or (session.paused and awaiting != "greeting") or (draft is not None and draft.full)
+        # Until the greeting or our word on a login is out nobody may talk: whoever does is to be noticed.
+        hold = (
+            self._stuck or session.more or (session.paused and awaiting not in ("greeting", "login")) or (draft is not None and draft.full)
+        )
         if hold is not self._stopped:
             self._hold(hold)
         if self._stuck:
             if self._phase != STUCK:
                 self._wait(STUCK)
-        elif hold or awaiting == "greeting" or awaiting == "answer":
+        elif hold or awaiting in ("greeting", "login", "answer"):
             self._phase = OURS
         elif awaiting == "content":
             if self._phase != CONTENT:

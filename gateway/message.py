@@ -51,11 +51,13 @@ class Envelope:
 @dataclass(slots=True)
 class TLS:
     """``version`` as OpenSSL names it (``TLSv1.3``), ``cipher`` likewise; ``peer``: the
-    subject of a client certificate that was verified, None if there was none."""
+    subject of a client certificate that was verified, None if there was none. ``end_point``:
+    what a login can be bound to (tls-server-end-point, RFC 5929 §4), None if there is nothing."""
 
     version: str
     cipher: str
     peer: str | None = None
+    end_point: bytes | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)

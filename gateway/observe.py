@@ -69,6 +69,7 @@ COUNTERS: dict[str, tuple[Labels, str]] = {
     "gateway_messages_stored": ((), "Accepted messages that were in the spool before their 250"),
     "gateway_recipients_refused": (("reason",), "Recipients that were refused, by enhanced code"),
     "gateway_refused": (("stage", "reason"), "Refusing replies, by stage and enhanced code"),
+    "gateway_authentications": (("mechanism", "outcome"), "Logins that were judged: accepted, refused or (for now) deferred"),
     "gateway_attempts": (("sink",), "Deliveries that were started"),
     "gateway_deliveries": (("sink", "outcome"), "Results of deliveries"),
     "gateway_recipients_carried": (("sink", "outcome"), "Results of deliveries, counted by recipient"),
@@ -149,6 +150,7 @@ class Telemetry:
         self._tell: dict[str, Callable[[dict[str, Any]], None]] = {
             "connected": self._connected,
             "refused": self._refused,
+            "authenticated": lambda fields: self._bump("gateway_authentications", (fields["mechanism"], "accepted")),
             "accepted": self._accepted,
             "attempted": self._attempted,
             "delivered": self._delivered,
@@ -271,6 +273,8 @@ class Telemetry:
         self._bump("gateway_refused", (stage, reason))
         if stage == "recipient":
             self._bump("gateway_recipients_refused", (reason,))
+        if "mechanism" in fields:
+            self._bump("gateway_authentications", (fields["mechanism"], "deferred" if fields["code"] == 454 else "refused"))
 
     def _accepted(self, fields: dict[str, Any]) -> None:
         counts = self._counts

@@ -2,7 +2,7 @@
 
 One story a file. Its first line is ``# RFC section: reason``. Then settings, then steps::
 
-    @set message_size=1000          a rule of the listener (see Settings)
+    @set message_size=1000          a rule of the listener (see Settings); ``auth=offered`` brings USERS
     @route *@app.example            replaces the default route; options: delivered, relay, from=10.0.0.0/8, login
     @answers 451 4.3.0 full         what the intake says to each finished message in turn (default 250)
     @here why                       this one is never run over a socket, and why
@@ -29,6 +29,7 @@ Escapes: ``\\r \\n \\t \\0 \\\\ \\xHH``, and ``{1000*text}`` repeats.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import random
 import re
@@ -41,12 +42,18 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
+from gateway.contracts import Judgement, Login
 from gateway.message import TLS, Client
+from gateway.passwords import account, scram_keys
+from gateway.passwords import read as read_stored
 from gateway.reply import Reply
 from gateway.route import Route, Routes
+from gateway.senders import Senders
 from gateway.smtp.server import (
+    AuthWanted,
     ClientNamed,
     Event,
+    LoggedIn,
     MailAborted,
     MailContent,
     MailFinished,
@@ -56,12 +63,23 @@ from gateway.smtp.server import (
     ServerSession,
     TLSWanted,
 )
+from gateway.users import mechanisms
 
 FOLDER = Path(__file__).parent / "transcripts"
 HOSTNAME = "mx.example.net"
 #: What the handshake came to, where there is no socket.
 SECURED = TLS("TLSv1.3", "TLS_AES_256_GCM_SHA384")
 ACCEPTED = Reply(250, "2.0.0", "accepted")
+#: Who may log in where a dialogue has ``@set auth=…``: SCRAM with the example of RFC 7677, too.
+USERS = {
+    "alice": ["$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$DKmzQqrK7qQQ5XWaJ1DqpQjG8ZrfhsmL5iGRM4ApY/U"],
+    "user": [str(scram_keys("pencil", base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ=="), 4096))],
+    "carol@app.example": ["$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$DKmzQqrK7qQQ5XWaJ1DqpQjG8ZrfhsmL5iGRM4ApY/U"],
+}
+ACCOUNTS = {name: account([read_stored(text) for text in texts]) for name, texts in USERS.items()}
+MECHANISMS: list[Any] = ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
+WANTED = frozenset(MECHANISMS)
+SENDERS = {"alice": ["alice@app.example", "*@lists.example"], "*": ["noreply@app.example"]}
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,9 @@ class Settings:
     binarymime: bool = True
     xclient: bool = False  # the client may speak for others
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
+    auth: Literal["off", "offered", "required"] = "off"
+    auth_without_tls: bool = True
+    senders: bool = False
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
 
     def rules(self) -> Rules:
@@ -91,6 +112,10 @@ class Settings:
             bare_newlines=self.bare_newlines,
             binarymime=self.binarymime,
             tls=self.tls,
+            auth=self.auth,
+            auth_without_tls=self.auth_without_tls,
+            mechanisms=mechanisms(ACCOUNTS, service=False, key_set=False, wanted=WANTED),
+            senders=Senders(SENDERS if self.senders else {}, HOSTNAME, strict=self.protocol == "submission"),
         )
 
 
@@ -316,6 +341,16 @@ def matches(pattern: list[str], reply: list[str]) -> bool:
     )
 
 
+def judged(login: Login) -> Judgement:
+    """What is true of a login, for the users of the dialogues. The nonce is that of RFC 7677 §3."""
+    known = ACCOUNTS.get(login.user)
+    if login.token is None and login.password is None and login.proven is None:
+        keys = known.keys if known is not None and known.keys is not None else scram_keys("none", b"saltsaltsalt", 4096)
+        return Judgement(keys=keys, nonce="%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0")
+    good = login.proven if login.password is None else known is not None and known.password.proves(login.password)
+    return Judgement(login.user) if good and known is not None else Judgement()
+
+
 class Driver:
     """Plays listener and intake for one session: carries out its events, holds it to its word.
 
@@ -328,10 +363,12 @@ class Driver:
         self.accepted: list[Mail] = []
         self.refused: list[Refused] = []
         self.named: list[ClientNamed] = []
+        self.users: list[str] = []
         self.tarpit = 0
         self._answers = iter([*answers])
         self._drafts: dict[int, tuple[MailStarted, list[bytes]]] = {}
         self._finished: list[int] = []
+        self._login: Login | None = None
 
     def start(self, early: bool = False) -> None:
         self._turn(self.session.start(early))
@@ -361,6 +398,12 @@ class Driver:
         while True:
             for event in events:
                 self._carry(event)
+            if self._login is not None:
+                login, self._login = self._login, None
+                assert session.paused, "a login that is not waited for"
+                assert session.awaiting == "login"
+                events = session.judged(judged(login))
+                continue
             if session.delay:
                 assert session.paused, "a tarpit that goes on reading"
                 assert not session.outgoing(), "the tarpit withholds nothing"
@@ -411,6 +454,12 @@ class Driver:
             assert not self._drafts, "TLS while an answer is owed"
             for following in self.session.secure():
                 self._carry(following)
+        elif isinstance(event, AuthWanted):
+            assert self._login is None, "two logins at a time"
+            self._login = event.login
+        elif isinstance(event, LoggedIn):
+            self.users.append(event.user)
+            assert self.session.client.user == event.user
         else:
             raise AssertionError(f"nobody asked for {event}")
 

@@ -16,6 +16,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "message": (1, "words"),
     "route": (1, "words"),
     "contracts": (1, "words"),
+    "passwords": (1, "words"),
+    "senders": (1, "words"),
     "config": (1, "words"),
     "observe": (1, "words"),
     "smtp": (2, "rules"),
@@ -25,6 +27,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "spool": (4, "world"),
     "sinks": (4, "world"),
     "checks": (4, "world"),
+    "users": (4, "world"),
     "queue": (5, "time"),
     "intake": (6, "one message"),
     "app": (7, "whole"),
@@ -37,7 +40,7 @@ FLOORS: dict[str, tuple[int, str]] = {
 }
 
 #: Inside the words, in the order of use; elsewhere inside a floor only within one part.
-WORDS = ["reply", "message", "route", "contracts"]
+WORDS = ["reply", "message", "passwords", "route", "senders", "contracts"]
 
 #: What a floor may not import, whatever it is for.
 FORBIDDEN: dict[str, set[str]] = {
@@ -48,7 +51,7 @@ FORBIDDEN: dict[str, set[str]] = {
 
 #: Values of the words floor that only the standard library may touch.
 STDLIB_ONLY = {"reply", "message", "route", "contracts"}
-THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "pydantic", "click", "prometheus_client"}
+THIRD_PARTY = {"uvloop", "orjson", "apsw", "pyreqwest", "aiohttp", "pydantic", "click", "prometheus_client", "argon2", "jwt"}
 
 
 def place(module: str) -> tuple[str, tuple[int, str]]:

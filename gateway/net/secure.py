@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from ..message import TLS
+from .binding import BoundContext
 
 #: Octets that are given to OpenSSL at a time: its buffer grows to what it is given, and stays so.
 SLICE = 8 * 1024
@@ -149,7 +150,9 @@ class SecureTransport(asyncio.Protocol):
         self._flush()
         self._state = OPEN
         cipher = tls.cipher()
-        suite = TLS(tls.version() or "", cipher[0] if cipher else "", subject(tls.getpeercert()))
+        # The context may be another than that of the beginning, by the name that the client asked for.
+        bound = tls.context.end_point if isinstance(tls.context, BoundContext) else None
+        suite = TLS(tls.version() or "", cipher[0] if cipher else "", subject(tls.getpeercert()), bound)
         self._above.secured(suite, more or self._incoming.pending > 0)
         return True
 

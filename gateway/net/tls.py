@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .binding import BoundContext, end_point
+
 if TYPE_CHECKING:
     from cryptography import x509
 
@@ -80,14 +82,17 @@ class Identity:
 
     def context(self) -> ssl.SSLContext:
         """Reads the files. Raises CertificateError."""
-        contexts: dict[frozenset[str], ssl.SSLContext] = {}
+        contexts: dict[frozenset[str], BoundContext] = {}
         first: ssl.SSLContext | None = None
         for certificate, key in self.pairs:
             # With a single pair nobody has to be told apart.
             names = names_of(certificate) if len(self.pairs) > 1 else frozenset[str]()
             # The same names twice: an RSA and an ECDSA key, of which OpenSSL takes what the client can do.
+            known = names in contexts
             context = contexts.setdefault(names, _bare_context())
             _load(context, certificate, key)
+            # Which of two was shown OpenSSL does not tell: a login can be bound to neither.
+            context.end_point = None if known else end_point(_first_in_der(certificate))
             if self.client_ca is not None:
                 _ask_client(context, self.client_ca, self.demanded)
             first = first or context
@@ -106,8 +111,8 @@ def _stamp(path: Path) -> object:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _bare_context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def _bare_context() -> BoundContext:
+    context = BoundContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
     context.set_ciphers(CIPHERS)
@@ -126,6 +131,17 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise CertificateError(key, f"{key} is not the key of {certificate}") from None
         raise CertificateError(certificate, f"{certificate} with {key} cannot be used: {_reason(error)}") from None
+
+
+def _first_in_der(certificate: Path) -> bytes:
+    """The first certificate in this file, which ``_load`` has read."""
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    text = _read(certificate).decode("ascii", "replace").partition(begin)[2].partition(end)[0]
+    try:
+        return ssl.PEM_cert_to_DER_cert(f"{begin}{text}{end}")
+    except ValueError:
+        # It is being written to just now.
+        raise CertificateError(certificate, f"{certificate} has no certificate in PEM form") from None
 
 
 def _ask_client(context: ssl.SSLContext, authorities: Path, demanded: bool) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from .._parser import Command, Receiver
-from ..contracts import Question, Verdict
+from ..contracts import Judgement, Login, Question, Verdict
 from ..message import Client
 from ..reply import Reply
 from . import proxy, replies
+from .auth import RESPONSE_LIMIT
 from .events import Asked, ClientAsked, Event, MailAborted, Refused, Rules, Stage, TLSWanted
 from .order import BAD_LINES_AT_MOST, ERRORS_AT_MOST, ERRORS_FREE, Conduct, Order
 
@@ -31,7 +32,7 @@ TARPIT: Final = 1.0
 _TLS_HANDSHAKE = b"\x16"
 
 #: What is read now.
-GREETING, COMMAND, CONTENT, CHUNK, CLOSED, HANDSHAKE = range(6)
+GREETING, COMMAND, CONTENT, CHUNK, RESPONSE, CLOSED, HANDSHAKE = range(7)
 
 #: What to do for each verb.
 Verbs = Mapping[str, Callable[[Any, Command], None]]
@@ -48,7 +49,7 @@ class Conversation(ABC):
     many seconds; until then ``outgoing()`` gives nothing. ``closing``: write ``outgoing()``, then
     close (no answer is owed any more).
 
-    ``verdict`` and ``answer`` do not go on by themselves: look at ``more`` after them, too.
+    ``verdict``, ``judged`` and ``answer`` do not go on by themselves: look at ``more`` after them, too.
     ``rules`` may be replaced between two calls (but what an EHLO offered stays offered)."""
 
     __slots__ = (
@@ -86,14 +87,15 @@ class Conversation(ABC):
         self.more = False
         self.delay = 0.0
 
-        self._receiver = Receiver(normalize=rules.bare_newlines == "normalize")
+        # An AUTH command carries tokens that are longer than any other command.
+        self._receiver = Receiver(normalize=rules.bare_newlines == "normalize", auth_limit=RESPONSE_LIMIT if rules.auth != "off" else 0)
         self._verbs = verbs
         self._order = Order()
         self._say = self._order.say
         self._conduct = Conduct()
         self._events: list[Event] = []
         self._state = GREETING
-        self._question: Question | None = None
+        self._question: Question | Login | None = None
         self._watch = True  # the next octets must be looked at before they are taken (_may_come)
         self._fresh = True  # nothing came yet
         self._ended = False  # the client sends no more
@@ -114,8 +116,16 @@ class Conversation(ABC):
         """One step of a chunk; False when more octets are needed."""
 
     @abstractmethod
+    def _read_response(self) -> bool:
+        """One line of an AUTH exchange; False when more octets are needed."""
+
+    @abstractmethod
     def _settle(self, question: Question, verdict: Verdict) -> None:
         """The verdict on a question that ``_ask`` asked."""
+
+    @abstractmethod
+    def _settle_login(self, judgement: Judgement) -> None:
+        """The judgement on a login that an ``AuthWanted`` told."""
 
     @abstractmethod
     def _abort(self) -> None:
@@ -161,10 +171,19 @@ class Conversation(ABC):
     def verdict(self, verdict: Verdict) -> list[Event]:
         """The answer to the one open question (or to one that the end of the session closed)."""
         question = self._question
-        if question is None:
+        if not isinstance(question, Question):
             return []
         self._question = None
         self._settle(question, verdict)
+        self._resume()
+        return self._taken()
+
+    def judged(self, judgement: Judgement) -> list[Event]:
+        """The judgement on the one open login (or on one that the end of the session closed)."""
+        if not isinstance(self._question, Login):
+            return []
+        self._question = None
+        self._settle_login(judgement)
         self._resume()
         return self._taken()
 
@@ -219,13 +238,16 @@ class Conversation(ABC):
         return b"" if self.delay else self._order.take()
 
     @property
-    def awaiting(self) -> Literal["greeting", "command", "content", "answer", "handshake"]:
-        """What the next step needs: our greeting, the client's command or content, our answer, or TLS."""
+    def awaiting(self) -> Literal["greeting", "login", "command", "content", "answer", "handshake"]:
+        """What the next step needs: our greeting or our word on a login (nobody may talk until
+        then), the client's command or content, our answer, or TLS."""
         state = self._state
         if state == GREETING:
             return "greeting"
         if state == HANDSHAKE:
             return "answer" if self._order.owed else "handshake"
+        if isinstance(self._question, Login):
+            return "login"
         if self._question is not None or self.delay:
             return "answer"
         if state == CHUNK:
@@ -268,6 +290,9 @@ class Conversation(ABC):
                     break
             elif state == CHUNK:
                 if not self._read_chunk():
+                    break
+            elif state == RESPONSE:
+                if not self._read_response():
                     break
             else:
                 break
@@ -341,7 +366,11 @@ class Conversation(ABC):
     # ------------------------------------------------ refusals and the end
 
     def _refuse(self, stage: Stage, reply: Reply, address: str | None = None, closes: bool = False) -> None:
-        self._events.append(Refused(stage, reply, address))
+        self._tell_off(Refused(stage, reply, address), closes)
+
+    def _tell_off(self, refused: Refused, closes: bool = False) -> None:
+        reply = refused.reply
+        self._events.append(refused)
         self._say(reply.wire)
         if closes or reply.code == 421 or reply in replies.CLOSING:
             self._close()

@@ -4,7 +4,7 @@ Owns the grammar of the values; the keywords were taken apart by the parser. Dec
 nothing: None is well, a Reply refuses. Keywords come in upper case.
 
 SIZE RFC 1870, BODY RFC 6152 and RFC 3030, SMTPUTF8 RFC 6531, RET ENVID NOTIFY ORCPT RFC 3461
-(ORCPT with ``utf-8`` RFC 6533).
+(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 _SIZE_DIGITS = 20
 
 
-def mail_parameters(params: Params, limit: int, binary: bool) -> Reply | None:
-    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered."""
+def mail_parameters(params: Params, limit: int, binary: bool, auth: bool = False) -> Reply | None:
+    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered; ``auth``: AUTH is."""
     for keyword, value in params.items():
-        judge = _MAIL.get(keyword)
+        judge = _auth if auth and keyword == "AUTH" else _MAIL.get(keyword)
         if judge is None:
             return replies.PARAMETER_UNKNOWN
         refusal = judge(value, limit, binary)
@@ -73,6 +73,11 @@ def _ret(value: str | None, limit: int, binary: bool) -> Reply | None:
 
 def _envid(value: str | None, limit: int, binary: bool) -> Reply | None:
     return None if value is not None and len(value) <= 100 and _XTEXT.fullmatch(value) else replies.BAD_ENVID
+
+
+def _auth(value: str | None, limit: int, binary: bool) -> Reply | None:
+    # Who submitted it first, says the client (RFC 4954 §5). Nobody is believed, so it goes no further.
+    return None if value is not None and len(value) <= 500 and (value == "<>" or _XTEXT.fullmatch(value)) else replies.BAD_AUTH
 
 
 def _is_notify(value: str) -> bool:

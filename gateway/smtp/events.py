@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..contracts import Question, Transaction
+from ..contracts import Login, Question, Transaction
 from ..message import Client
 from ..reply import Reply
 from ..route import Routes
+from ..senders import Senders
 
-Stage = Literal["connect", "mail", "recipient", "data", "command"]
+Stage = Literal["connect", "auth", "mail", "recipient", "data", "command"]
 
 
 @dataclass(slots=True)
@@ -25,7 +26,8 @@ class Rules:
     ``message_size`` in octets. ``binarymime``: every route's sink carries it. ``client_checks``,
     ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
     names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
-    it, and with a 421 every new connection."""
+    it, and with a 421 every new connection. ``mechanisms``: those of AUTH, the best first;
+    ``auth_without_tls``: also in clear. ``senders``: who may send as whom, None: anybody."""
 
     hostname: str
     routes: Routes
@@ -37,6 +39,9 @@ class Rules:
     bare_newlines: Literal["reject", "normalize"] = "reject"
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
     auth: Literal["off", "offered", "required"] = "off"
+    auth_without_tls: bool = False
+    mechanisms: tuple[str, ...] = ()
+    senders: Senders | None = None
     binarymime: bool = True
     client_checks: tuple[str, ...] = ()
     sender_checks: tuple[str, ...] = ()
@@ -119,11 +124,28 @@ class ClientNamed:
 
 
 @dataclass(slots=True)
-class AuthWanted:
-    """The client began AUTH with this mechanism."""
+class LoginRefused(Refused):
+    """A login came to nothing: nobody's credentials, or too many failures before. ``user`` as
+    claimed; ``note``: the reason, for the log."""
 
     mechanism: str
-    initial: bytes | None
+    user: str
+    note: str
+
+
+@dataclass(slots=True)
+class LoggedIn:
+    """235 was said: from now on the client is this user."""
+
+    mechanism: str
+    user: str
+
+
+@dataclass(slots=True)
+class AuthWanted:
+    """This login must be judged; the session waits for ``judged``."""
+
+    login: Login
 
 
 @dataclass(slots=True)
@@ -131,4 +153,4 @@ class TLSWanted:
     """The client said STARTTLS and may have it: answer with ``secure``."""
 
 
-Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | ClientNamed | AuthWanted | TLSWanted
+Event = Asked | MailStarted | MailContent | MailFinished | MailAborted | Refused | ClientNamed | AuthWanted | LoggedIn | TLSWanted

@@ -47,7 +47,11 @@ def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction |
     if not command.ascii and "SMTPUTF8" not in params and not (command.address or "").isascii():
         return replies.UTF8_SENDER
     if params:
-        return mail_parameters(params, rules.message_size, rules.binarymime)
+        refusal = mail_parameters(params, rules.message_size, rules.binarymime, may_log_in(rules, client))
+        if refusal is not None:
+            return refusal
+    if rules.senders is not None:
+        return rules.senders.refusal(client.user, command.address or "", command.local, command.domain)
     return None
 
 
@@ -59,6 +63,26 @@ def starttls(rules: Rules, client: Client, transaction: Transaction | None, comm
     if command.fault is not None:
         return replies.NO_ARGUMENT
     return None if transaction is None else replies.IN_TRANSACTION
+
+
+def may_log_in(rules: Rules, client: Client) -> bool:
+    """AUTH is offered to this client: never in clear unless the listener says so."""
+    return rules.auth != "off" and (client.tls is not None or rules.auth_without_tls)
+
+
+def auth(rules: Rules, client: Client, esmtp: bool, transaction: Transaction | None, command: Command) -> Reply | None:
+    """``esmtp``: EHLO (LHLO) was said."""
+    if transaction is not None:
+        return replies.IN_TRANSACTION
+    if rules.auth == "off":
+        return replies.NOT_OFFERED
+    if not may_log_in(rules, client):
+        return replies.AUTH_IN_CLEAR
+    if not esmtp:
+        return replies.SAY_LHLO if rules.protocol == "lmtp" else replies.SAY_HELLO
+    if client.user is not None:
+        return replies.AUTH_AGAIN
+    return replies.AUTH_SYNTAX if command.fault is not None or not command.argument else None
 
 
 def rcpt(transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:

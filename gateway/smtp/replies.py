@@ -8,6 +8,7 @@ text names the thing and, where there is one, the way out. RFC 5321 §4.2, RFC 3
 
 from __future__ import annotations
 
+from base64 import b64encode
 from functools import lru_cache
 from typing import Final
 
@@ -27,6 +28,7 @@ RECIPIENT_OK: Final = Reply(250, "2.1.5", "recipient OK")
 CHUNK_OK: Final = Reply(250, "2.0.0", "chunk received")
 VRFY: Final = Reply(252, "2.5.0", "send mail and see: addresses are not verified")
 TLS_READY: Final = Reply(220, "2.0.0", "begin TLS now")
+LOGGED_IN: Final = Reply(235, "2.7.0", "authentication succeeded")
 START_CONTENT: Final = Reply(354, "", "send the message, end with <CRLF>.<CRLF>")
 
 # ------------------------------------------------------------ lines and grammar
@@ -60,6 +62,7 @@ BAD_SMTPUTF8: Final = Reply(501, "5.5.4", "SMTPUTF8 takes no value")
 BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
 BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
 BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
+BAD_AUTH: Final = Reply(501, "5.5.4", "AUTH is a mailbox in xtext or <>")
 BAD_ORCPT: Final = Reply(501, "5.5.4", "ORCPT is an address type, a semicolon and xtext, at most 500 octets")
 
 # ----------------------------------------------------------------------- order
@@ -79,6 +82,17 @@ TURNED_AWAY: Final = Reply(503, "5.5.1", "you were refused, say QUIT")
 TLS_ALREADY: Final = Reply(554, "5.5.1", "TLS is active already")
 TLS_NEEDED: Final = Reply(530, "5.7.0", "say STARTTLS first")
 AUTH_NEEDED: Final = Reply(530, "5.7.0", "authentication required")
+
+# ------------------------------------------------------------------------ AUTH
+
+AUTH_SYNTAX: Final = Reply(501, "5.5.4", "say AUTH with a mechanism and, if you like, its initial response")
+AUTH_MECHANISM: Final = Reply(504, "5.5.4", "mechanism not offered, see the AUTH line after EHLO")
+AUTH_AGAIN: Final = Reply(503, "5.5.1", "already authenticated")
+AUTH_IN_CLEAR: Final = Reply(538, "5.7.11", "encryption required, say STARTTLS first")
+AUTH_CANCELLED: Final = Reply(501, "5.7.0", "authentication cancelled")
+AUTH_BASE64: Final = Reply(501, "5.5.2", "cannot decode base64")
+AUTH_TOO_LONG: Final = Reply(500, "5.5.6", "authentication exchange line is too long")
+TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 
 # --------------------------------------------------------------------- recipients
 
@@ -116,10 +130,23 @@ def greeted(hostname: str) -> Reply:
     return Reply(250, "", hostname)
 
 
+def challenge(octets: bytes) -> bytes:
+    """334 with what a mechanism says (RFC 4954 §4)."""
+    return b"334 %s\r\n" % b64encode(octets)
+
+
 @lru_cache(maxsize=64)
-def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, starttls: bool = False, xclient: bool = False) -> bytes:
+def offer(
+    hostname: str,
+    message_size: int,
+    recipients: int,
+    binarymime: bool,
+    starttls: bool = False,
+    xclient: bool = False,
+    mechanisms: tuple[str, ...] = (),
+) -> bytes:
     """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
-    is trusted to speak for others."""
+    is trusted to speak for others. ``mechanisms``: those of AUTH that it may use now."""
     lines = [
         hostname,
         "PIPELINING",
@@ -134,6 +161,7 @@ def offer(hostname: str, message_size: int, recipients: int, binarymime: bool, s
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
         *([f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"] if xclient else []),
+        *([f"AUTH {' '.join(mechanisms)}"] if mechanisms else []),
     ]
     *others, last = lines
     return "".join([*(f"250-{line}\r\n" for line in others), f"250 {last}\r\n"]).encode()

@@ -11,8 +11,8 @@ were cut. Nothing is judged by a count that an owed answer may still reset: the 
 for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
-3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS).
-XCLIENT and XFORWARD: Postfix.
+3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS),
+4954 (AUTH; the mechanisms stand in ``auth.py``). XCLIENT and XFORWARD: Postfix.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from dataclasses import replace
 from typing import Any
 
 from .._parser import Command
-from ..contracts import Question, Transaction, Verdict
+from ..contracts import Judgement, Login, Question, Transaction, Verdict
 from ..message import TLS, Client, Envelope
 from ..reply import Reply
 from ..route import Route
-from . import judge, replies, xclient
-from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, Conversation, Verbs
+from . import auth, judge, replies, xclient
+from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, RESPONSE, Conversation, Verbs
 from .events import (
     Asked,
     AuthWanted,
     ClientAsked,
     ClientNamed,
     Event,
+    LoggedIn,
+    LoginRefused,
     MailAborted,
     MailContent,
     MailFinished,
@@ -51,6 +53,8 @@ __all__ = [
     "ClientAsked",
     "ClientNamed",
     "Event",
+    "LoggedIn",
+    "LoginRefused",
     "MailAborted",
     "MailContent",
     "MailFinished",
@@ -65,6 +69,9 @@ __all__ = [
 ]
 
 _HTTP = frozenset({"GET", "POST", "CONNECT", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "PRI"})
+
+#: Failed logins with which a session ends.
+LOGINS_AT_MOST = 3
 
 _OK = replies.OK.wire
 _SENDER_OK = replies.SENDER_OK.wire
@@ -82,7 +89,9 @@ class ServerSession(Conversation):
         "_chunk_left",
         "_chunk_refusal",
         "_chunk_total",
+        "_exchange",
         "_facts",
+        "_failures",
         "_forwarded",
         "_greeted",
         "_number",
@@ -99,6 +108,8 @@ class ServerSession(Conversation):
         self._trusted = trusted
         self._forwarded: xclient.Attributes | None = None  # XFORWARD, for the next transaction
         self._greeted = False  # HELO, EHLO or LHLO was said
+        self._exchange: auth.Mechanism | None = None  # of the AUTH that is under way
+        self._failures = 0  # logins that failed
         self._number = 0
         self._transaction: Transaction | None = None
         self._begun = False  # MailStarted was said, and neither its end nor its abort
@@ -183,7 +194,7 @@ class ServerSession(Conversation):
         self._receiver.discard()
         self._verbs = _verbs(self.rules, self.client)
         self._greeted = self._lockstep = self._spurned = False
-        self._forwarded = None
+        self._exchange = self._forwarded = None
         self._state = COMMAND
         self._weigh()
 
@@ -247,7 +258,8 @@ class ServerSession(Conversation):
             clear = self.client.tls is None
             starttls = clear and rules.tls in ("starttls", "required")
             speaker = self._trusted and not (clear and rules.tls == "required")
-            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker))
+            mechanisms = self._mechanisms()
+            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker, mechanisms))
         else:
             self._say(replies.greeted(rules.hostname).wire)
 
@@ -294,11 +306,6 @@ class ServerSession(Conversation):
     def _not_offered(self, command: Command) -> None:
         self._fault("command", replies.NOT_OFFERED)
 
-    def _auth(self, command: Command) -> None:
-        """AUTH while it is not offered."""
-        if self._ends_group():
-            self._fault("command", replies.NOT_OFFERED if self._transaction is None else replies.IN_TRANSACTION)
-
     def _may_speak_for_others(self) -> bool:
         if self._transaction is None and self._trusted:
             return True
@@ -333,6 +340,108 @@ class ServerSession(Conversation):
 
     def _proxy(self, command: Command) -> None:
         self._refuse("command", replies.NO_PROXY)
+
+    # ------------------------------------------------------------------ AUTH
+
+    def _mechanisms(self) -> tuple[str, ...]:
+        """Those that this client may use now."""
+        if not judge.may_log_in(self.rules, self.client):
+            return ()
+        return auth.offered(self.rules.mechanisms, self._end_point())
+
+    def _end_point(self) -> bytes | None:
+        tls = self.client.tls
+        return None if tls is None else tls.end_point
+
+    def _auth(self, command: Command) -> None:
+        if not self._ends_group():
+            return
+        refusal = judge.auth(self.rules, self.client, self._greeted and not self._lockstep, self._transaction, command)
+        if refusal is not None:
+            self._fault("auth" if self.rules.auth != "off" else "command", refusal)
+            return
+        name, blank, initial = command.argument.partition(" ")
+        self._exchange = auth.mechanism(name, self.rules.mechanisms, self._end_point())
+        if self._exchange is None:
+            self._fault("auth", replies.AUTH_MECHANISM)
+        elif blank:
+            # "=" is an initial response of no octets (RFC 4954 §4).
+            self._respond(b"" if initial == "=" else auth.decoded(initial.encode()))
+        else:
+            self._step(self._exchange.respond(None))
+
+    def _read_response(self) -> bool:
+        receiver = self._receiver
+        line = receiver.line(auth.RESPONSE_LIMIT + 2)
+        if line is None:
+            return False
+        fault = receiver.line_fault
+        if fault in ("newline", "flood"):
+            # A bare LF ended this line: what stands behind it is the next command, however it was cut.
+            self._state = COMMAND
+            self._malformed(fault)
+        elif self._ends_group():
+            self._state = COMMAND
+            if fault is not None:
+                self._fault("auth", replies.AUTH_TOO_LONG)
+            elif self._exchange is not None and self._exchange.refusal is not None:
+                # What a mechanism wants said before a refusal changes nothing in it.
+                self._refuse_login(self._exchange.refusal, self._exchange.note)
+            elif line == b"*":
+                self._fault("auth", replies.AUTH_CANCELLED)
+            else:
+                self._respond(auth.decoded(line))
+        return True
+
+    def _respond(self, response: bytes | None) -> None:
+        """None: it was no base64."""
+        assert self._exchange is not None  # AUTH began it
+        if response is None:
+            self._fault("auth", replies.AUTH_BASE64)
+        else:
+            self._step(self._exchange.respond(response))
+
+    def _step(self, step: auth.Step) -> None:
+        exchange = self._exchange
+        assert exchange is not None  # the step is its own
+        if isinstance(step, bytes):
+            self._state = RESPONSE
+            self._say(replies.challenge(step))
+        elif isinstance(step, Login):
+            self._question = step
+            self.paused = True
+            self._events.append(AuthWanted(step))
+        elif isinstance(step, Reply):
+            if step.code == auth.REFUSED.code:
+                self._refuse_login(step, "")
+            else:
+                self._fault("auth", step)
+        else:
+            client = replace(self.client, user=step.identity)
+            self.client = client
+            self.client = replace(client, protocol=self._protocol(utf8=False))
+            self._failures = 0
+            self._events.append(LoggedIn(exchange.name, step.identity))
+            self._say(replies.LOGGED_IN.wire)
+
+    def _settle_login(self, judgement: Judgement) -> None:
+        exchange = self._exchange
+        assert exchange is not None  # its login was asked about
+        step = exchange.judged(judgement)
+        if isinstance(step, Reply):
+            self._refuse_login(step, judgement.note)
+        else:
+            self._step(step)
+
+    def _refuse_login(self, reply: Reply, note: str) -> None:
+        exchange = self._exchange
+        assert exchange is not None  # it claimed what is refused
+        self._failures += 1
+        if self._failures >= LOGINS_AT_MOST:
+            reply = replies.TOO_MANY_LOGINS
+        elif reply.permanent and not self._bear_error():
+            reply = replies.TOO_MANY_ERRORS
+        self._tell_off(LoginRefused("auth", reply, None, exchange.name, exchange.user, note))
 
     # -------------------------------------------------------------- envelope
 
@@ -372,6 +481,7 @@ class ServerSession(Conversation):
         self._number = number = self._number + 1
         transaction = Transaction(number, self.session, self.listener, client, Envelope(address, params, []))
         transaction.lmtp = rules.protocol == "lmtp"
+        transaction.submission = rules.protocol == "submission"
         if self._facts:
             transaction.facts["checks"] = dict(self._facts)
         if self._forwarded is not None:

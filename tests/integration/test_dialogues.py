@@ -24,6 +24,7 @@ import uvloop
 
 from gateway import Gateway, Message, Reply
 from gateway.config import (
+    Authentication,
     Config,
     Limits,
     ListenerConfig,
@@ -33,8 +34,9 @@ from gateway.config import (
     SpoolConfig,
 )
 from gateway.observe import Telemetry
+from gateway.smtp.lockout import Lockout
 
-from ..dialogue import HOSTNAME, Case, Mail, Settings, at_random, byte_by_byte, cases, run_live, whole
+from ..dialogue import HOSTNAME, MECHANISMS, SENDERS, USERS, Case, Mail, Settings, at_random, byte_by_byte, cases, run_live, whole
 from ..servers import PATIENCE, Upstream, wait_until, without_trace
 
 CASES = [case for case in cases() if not case.only_here]
@@ -111,8 +113,13 @@ class House:
                     xclient_from=[ip_network("127.0.0.0/8")] if settings.xclient else [],
                     tls=settings.tls,
                     **certified,
+                    auth=settings.auth,
+                    auth_without_tls=settings.auth_without_tls,
                 )
             ],
+            users=USERS,
+            senders=SENDERS if settings.senders else {},
+            authentication=Authentication(mechanisms=MECHANISMS),
             # Some dialogues want smaller limits than an operator may set.
             limits=Limits.model_construct(**limits),
             spool=SpoolConfig(path=self._folder),
@@ -131,6 +138,7 @@ class House:
         async def live() -> None:
             try:
                 async with Gateway(self.config(), telemetry=self.telemetry) as gateway:
+                    self._gateway = gateway
                     self._loop = asyncio.get_running_loop()
                     self._port.set_result(gateway.port)
                     await self._over.wait()
@@ -146,6 +154,9 @@ class House:
         self.mails.clear()
         self._upstream.taken.clear()
         self.answers = iter(case.answers)
+        # Each dialogue is the first of its client: failed logins of others are not its own.
+        assert self._gateway._users is not None
+        self._gateway._users.lockout = Lockout()
 
         def accepted() -> list[Mail]:
             wait_until(lambda: len(self.mails) + len(self._upstream.taken) >= len(case.accepted), f"the mails of {case.name}")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import smtplib
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trustme
 
+from ..certificates import certified
 from ..conftest import Start
 from ..servers import PATIENCE, ROOT, GatewayProcess, HttpReceiver, Postfix, Request, free_port, maildir, program, wait_until
 
@@ -105,6 +108,66 @@ def test_swaks_is_no_proxy_of_ours(gateway: Start, tmp_path: Path, options: list
     assert refused["code"] in (500, 554), refused  # 554: where it was greeted before its first octets came
     assert refused["client"] == "127.0.0.1"
     assert not maildir(tmp_path / "box")
+
+
+# ------------------------------------------------------------ a proxy in front of TLS
+
+AUTHORITY = trustme.CA()
+#: PROXY v2, TCP over IPv4: 192.0.2.7:4711 to 198.51.100.1:465.
+HEADER = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes([192, 0, 2, 7, 198, 51, 100, 1]) + (4711).to_bytes(2) + (465).to_bytes(2)
+
+
+@contextmanager
+def behind(house: GatewayProcess, cork: bool) -> Iterator[ssl.SSLSocket]:
+    """TLS from the first octet on, behind a PROXY header. ``cork``: both in one segment."""
+    context = ssl.create_default_context()
+    AUTHORITY.configure_trust(context)
+    with socket.create_connection(("127.0.0.1", house.port), timeout=PATIENCE) as clear:
+        clear.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, cork)
+        clear.sendall(HEADER)
+        if not cork:
+            time.sleep(0.1)
+        with context.wrap_socket(clear, server_hostname="mx.gateway.example") as secure:
+            secure.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, False)
+            yield secure
+
+
+@pytest.fixture
+def implicit(gateway: Start, tmp_path: Path) -> GatewayProcess:
+    certified(AUTHORITY, tmp_path / "tls", "mx.gateway.example")
+    listener = f"""
+tls = "implicit"
+certificate = "{tmp_path}/tls/certificate.pem"
+key = "{tmp_path}/tls/key.pem"
+proxy_protocol_from = ["127.0.0.0/8"]
+greet_delay = "500ms"
+"""
+    return gateway(CONFIG.format(head="", folder=tmp_path, listener=TCP + listener))
+
+
+@pytest.mark.parametrize("cork", [True, False], ids=["together", "apart"])
+def test_a_proxy_in_front_of_implicit_tls(implicit: GatewayProcess, tmp_path: Path, cork: bool) -> None:
+    with behind(implicit, cork) as secure, smtplib.SMTP(timeout=PATIENCE) as client:
+        client.sock = secure
+        assert client.getreply()[0] == 220
+        client.ehlo("client.example")
+        assert "starttls" not in client.esmtp_features
+        client.sendmail("a@client.example", ["b@box.example"], b"Subject: x\r\n\r\nhi\r\n")
+    connected = implicit.event("connected")
+    assert (connected["client"], connected["proxy"]) == ("192.0.2.7", "127.0.0.1")
+    wait_until(lambda: bool(maildir(tmp_path / "box")), "the mail")
+    (octets,) = maildir(tmp_path / "box")
+    trace = octets.partition(b"Subject: ")[0]
+    assert b"[192.0.2.7]" in trace
+    assert b" with ESMTPS\r\n" in trace
+
+
+def test_who_talks_within_the_delay_behind_tls(implicit: GatewayProcess) -> None:
+    with behind(implicit, cork=False) as secure:
+        secure.sendall(b"EHLO client.example\r\n")
+        assert secure.recv(4096).startswith(b"554 5.5.0 ")
+        assert secure.recv(4096) == b""
+    assert implicit.event("refused")["stage"] == "connect"
 
 
 # ------------------------------------------------------------------ swaks --xclient

@@ -282,6 +282,7 @@ def test_explain_what_is_taken(file: Path) -> None:
         "listener  127.0.0.1:2525\n"
         "protocol  smtp\n"
         "tls       off\n"
+        "auth      off\n"
         "limits    10000 connections, 100 of one client; 26214400 octets, 1000 recipients; 300 s between commands, 300 s for one, "
         "180 s of silence and 500 octets a second in content\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"
@@ -677,3 +678,55 @@ def test_send_and_its_exit_codes(tmp_path: Path) -> None:
         run("send", gateway.server, "--to", "b@x.example", "--message", tmp_path / "m.eml", "-q")
         assert gateway.event("accepted", size=len(b"Subject: x\r\n\r\nhello\r\n"))
     run("send", "not an address", "--to", "b@x.example", code=2)
+
+
+# --------------------------------------------------------------------------- logins
+
+
+def hashed(*options: str, password: bytes = b"wonder\n", code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "hash-password", *options], input=password, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return (done.stdout if code == 0 else done.stderr).decode()
+
+
+@pytest.mark.parametrize(
+    ("option", "begin"), [((), "$scrypt$ln=15,r=8,p=1$"), (("--argon2",), "$argon2id$"), (("--scram",), "SCRAM-SHA-256$100000:")]
+)
+def test_hash_password(option: tuple[str, ...], begin: str) -> None:
+    from gateway.passwords import read
+
+    line = hashed(*option)
+    assert line.startswith(begin)
+    assert read(line.strip()).proves("wonder")
+    assert hashed(*option, "--name", "alice").startswith(f"alice:{begin}")
+
+
+def test_hash_password_refuses() -> None:
+    assert "one character or more" in hashed(password=b"\n", code=1)
+    assert "one character or more" in hashed(password=b"", code=1)
+    assert "UTF-8" in hashed(password=b"\xff\n", code=1)
+    assert "colon" in hashed("--name", "a:b", code=2)
+    assert "no login can send" in hashed("--name", "a\nb", code=2)
+    # Never as an argument: it would stand in the list of processes.
+    hashed("wonder", code=2)
+
+
+def test_explain_tells_of_logins(file: Path) -> None:
+    file.write_text(
+        file.read_text().replace(
+            'address = "127.0.0.1:2525"',
+            'address = "127.0.0.1:2525"\nprotocol = "submission"\nauth = "required"\nauth_without_tls = true',
+            1,
+        )
+        + f'\n[users]\nalice = "{hashed().strip()}"\n[senders]\nalice = ["a@client.example"]\n'
+    )
+    asked = ("--client", "192.0.2.1", "--to", "b@app.example", "--json")
+    told = json.loads(run("explain", "-c", file, *asked, "--from", "a@client.example", code=1).stdout)
+    assert (told["reply"], told["stage"]) == ("530 5.7.0 authentication required", "mail")
+    assert told["auth"] == {"listener": "required", "mechanisms": ["PLAIN", "LOGIN"], "without_tls": True, "user": None}
+    told = json.loads(run("explain", "-c", file, *asked, "--from", "b@client.example", "--user", "alice", code=1).stdout)
+    assert told["reply"] == "553 5.7.1 Sender address rejected: not owned by user alice"
+    shown = run("explain", "-c", file, *asked[:-1], "--from", "a@client.example", "--user", "alice").stdout
+    assert "auth      required (PLAIN LOGIN), as alice\n" in shown

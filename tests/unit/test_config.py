@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway import passwords
 from gateway.config import (
     CHECKS,
     SINKS,
@@ -415,6 +416,7 @@ OPEN = (
 
 
 PASSED_ON = 'listeners[0].address: a passed-on socket is known by its number or its name; write "fd:3" or "fd:smtp"'
+SCRYPT = "$scrypt$ln=4,r=8,p=1$c2FsdHNhbHQ$" + "A" * 43
 
 
 def not_yet(way: str) -> str:
@@ -432,8 +434,29 @@ def not_yet(way: str) -> str:
         ({"head": "workers = -1"}, ["workers: must be at least 0"]),
         ({"head": "workers = 'two'"}, ["workers: must be a whole number"]),
         ({"head": "workers = 1.5"}, ["workers: must be a whole number"]),
-        ({"head": "users_file = 'u'"}, [f"users_file: {not_yet('leave it out')}"]),
-        ({"users": "[users]\napp = '$scrypt$x'"}, [f"users: {not_yet('leave it out')}"]),
+        # users
+        ({"users": "[users]\napp = 'secret'"}, ["users.app: must be a hash; make one with: gateway hash-password"]),
+        ({"users": "[users]\napp = '$scrypt$x'"}, ["users.app: is damaged; make it anew with: gateway hash-password"]),
+        ({"users": "[users]\napp = 5"}, ["users.app: must be a hash in quotes, or a list of them; make one with: gateway hash-password"]),
+        ({"users": "[users]\napp = []"}, ["users.app: names no hash"]),
+        (
+            {"users": f"[users]\napp = ['{SCRYPT}', '{SCRYPT}']"},
+            ["users.app: has two hashes; keep one, and SCRAM keys beside it if you like"],
+        ),
+        ({"users": f"[users]\n'a\u202eb' = '{SCRYPT}'"}, ['users."a\u202eb": the name has characters that no login can send']),
+        ({"senders": "[senders]\n'' = ['*']"}, ['senders."": the name must have between 1 and 255 octets']),
+        ({"senders": "[senders]\napp = ['x']"}, ["senders.app[0]: 'x' has no @; write \"*@x\" for a whole domain or \"*\" for everybody"]),
+        (
+            {"authentication": "[authentication]\njwks_url = 'https://id.example/keys'"},
+            [
+                "authentication.issuer: is missing: jwks_url needs it, or tokens for others would do",
+                "authentication.audience: is missing: jwks_url needs it, or tokens for others would do",
+            ],
+        ),
+        (
+            {"authentication": "[authentication]\nmechanisms = ['CRAM-MD5']"},
+            ["authentication.mechanisms[0]: must be one of SCRAM-SHA-256-PLUS, SCRAM-SHA-256, PLAIN, LOGIN, OAUTHBEARER, XOAUTH2"],
+        ),
         # listeners
         ({"listeners": ""}, ['listeners: no address to listen on; write [[listeners]] with address = "127.0.0.1:2525"']),
         ({"listeners": "[listeners]\naddress = '127.0.0.1:1'"}, ["listeners: must be written as [[listeners]]"]),
@@ -483,7 +506,6 @@ def not_yet(way: str) -> str:
         ),
         ({"listeners": LISTENER + "greet_delay = '61s'"}, ["listeners[0].greet_delay: must be at most 60.0"]),
         ({"listeners": LISTENER + "protocol = 'esmtp'"}, ["listeners[0].protocol: must be one of smtp, submission, lmtp; did you mean 'smtp'?"]),
-        ({"listeners": LISTENER + "protocol = 'submission'"}, ['listeners[0].protocol: ' + not_yet('write "smtp"')]),
         (
             {"listeners": LISTENER + "tls = 'starttls'"},
             [
@@ -501,7 +523,7 @@ def not_yet(way: str) -> str:
                 "listeners[0].certificates[0].key: is missing; this key is needed",
                 "listeners[0].certificates[1].certificate: is missing; this key is needed",
                 "listeners[0].certificates[1].key: there is no file /no/key",
-                "listeners[0].certificates[1].name: unknown key; known here: address, auth, bare_newlines, certificate, certificates, "
+                "listeners[0].certificates[1].name: unknown key; known here: address, auth, auth_without_tls, bare_newlines, certificate, certificates, "
                 "client_ca, client_certificate, greet_delay, key, long_lines, mode, protocol, proxy_protocol_from, tls, xclient_from",
             ],
         ),
@@ -521,7 +543,14 @@ def not_yet(way: str) -> str:
             {"listeners": LISTENER + f"certificate = '/no/cert'\nkey = '{__file__}'"},
             ["listeners[0].certificate: there is no file /no/cert"],
         ),
-        ({"listeners": LISTENER + "auth = 'offered'"}, ['listeners[0].auth: ' + not_yet('write "off"')]),
+        (
+            {"listeners": LISTENER + "auth = 'offered'", "users": f"[users]\napp = '{SCRYPT}'"},
+            ['listeners[0].auth: is never offered in clear, and tls is "off"; write tls = "required", or auth_without_tls = true'],
+        ),
+        (
+            {"listeners": LISTENER + "auth = 'offered'\nauth_without_tls = true"},
+            ["listeners[0].auth: nobody can log in: there are no [users], no users_file and no [authentication] with url or jwks_url"],
+        ),
         (
             {"listeners": LISTENER + "proxy_protocol_from = ['10.0.0.1/8']\nxclient_from = ['everybody']"},
             [
@@ -1012,6 +1041,72 @@ def test_what_was_probably_not_meant(tmp_path: Path) -> None:
     ]
 
 
+AUTH = LISTENER + "auth = 'required'\nauth_without_tls = true\n"
+
+
+def test_users_of_the_file_and_of_a_file_of_their_own(tmp_path: Path) -> None:
+    keys = str(passwords.made("x", "scram"))
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\nbob:{keys}\n")
+    (tmp_path / "people").chmod(0o600)
+    config = load(
+        tmp_path, text(head="users_file = 'people'", listeners=AUTH, users=f"[users]\nalice = '{SCRYPT}'\ncarol = ['{keys}', '{SCRYPT}']\n")
+    )
+    accounts = config.accounts()
+    assert sorted(accounts) == ["alice", "bob", "carol"]
+    assert accounts["alice"].keys is None
+    assert accounts["bob"] == accounts["carol"]
+    assert SCRYPT not in repr(config)
+    assert (
+        "users: SCRAM is not offered, because 'alice' has no SCRAM keys; make them with: gateway hash-password --scram" in config.warnings()
+    )
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\nno colon\n")
+    with pytest.raises(ConfigError, match="line 2: is not name:hash"):
+        config.accounts()
+
+
+def test_faults_of_a_users_file(tmp_path: Path) -> None:
+    toml = text(head="users_file = 'people'", listeners=AUTH)
+    place = tmp_path / "people"
+    assert faults(tmp_path, toml) == [f"users_file: cannot read {place}: No such file or directory"]
+    place.write_text(f"{'bad' * 5}\n" * 12)
+    (told,) = faults(tmp_path, toml)
+    assert told.startswith(f"users_file: {place}: line 1: is not name:hash; line 2: ")
+    assert told.endswith("; and 2 more")
+    place.write_text(f"alice:{SCRYPT}\n")
+    assert faults(tmp_path, toml + f"[users]\nalice = '{SCRYPT}'\n") == [
+        "users_file: 'alice' stands in [users] as well; keep one of the two"
+    ]
+
+
+def test_logins_that_were_probably_not_meant(tmp_path: Path) -> None:
+    (tmp_path / "people").write_text(f"bob:{SCRYPT}\n")
+    (tmp_path / "people").chmod(0o644)
+    config = load(
+        tmp_path,
+        text(
+            head="users_file = 'people'",
+            listeners="[[listeners]]\naddress = '0.0.0.0:0'\nprotocol = 'submission'\nauth = 'offered'\nauth_without_tls = true\n",
+        ),
+    )
+    assert {line.partition(":")[0] for line in config.warnings()} >= {"listeners[0].auth", "listeners[0].auth_without_tls", "users_file"}
+    config = load(tmp_path, text(users=f"[users]\nbob = '{SCRYPT}'\n", senders="[senders]\nbob = ['*']\n"))
+    assert {
+        "users: no listener has auth: nobody can ever log in",
+        "senders: no listener has auth: nobody is ever held to this",
+    } <= set(config.warnings())
+
+
+def test_a_service_is_somebody(tmp_path: Path) -> None:
+    config = load(tmp_path, text(listeners=AUTH, authentication="[authentication]\nurl = 'http://127.0.0.1:1/login'\n"))
+    assert config.accounts() == {}
+    owners = config.owners(config.listeners[0])
+    assert owners is None
+    # What is faulty in itself is told once.
+    assert faults(tmp_path, text(listeners=AUTH, authentication="[authentication]\nurl = 'x'\n")) == [
+        'authentication.url: must be a URL like "https://app.example/inbound"'
+    ]
+
+
 def test_postmaster_and_routes_that_are_never_reached(tmp_path: Path) -> None:
     nobody = load(tmp_path, text())
     assert nobody.warnings() == ["routes: no route takes postmaster@mx.example.net, which RFC 5321 demands of every mail server"]
@@ -1104,14 +1199,18 @@ def test_every_key_there_is_stands_in_the_example() -> None:
 
 
 def test_what_is_commented_out_in_the_example_is_the_default() -> None:
-    active = {place: set(table) for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}})}
+    active = {
+        place: set(table)
+        for place, _, table in tables_of(tomllib.loads(EXAMPLE.read_text()) | {"users": {}, "checks": {}, "authentication": {}})
+    }
     seen = 0
     for place, model, table in tables_of(uncommented()):
         for key, value in table.items():
             field = model.model_fields[key]
             default = field.get_default(call_default_factory=True) if not field.is_required() else None
             # Without a default, or inside a table that is an example as a whole, the value is one.
-            if key in active.get(place, {key}) or default is None or (model is Head and key == "users") or key in ("hosts", "certificates"):
+            given = (model is Head and key in ("users", "senders")) or key in ("hosts", "certificates")
+            if key in active.get(place, {key}) or default is None or given:
                 continue
             needed = {name: table[name] for name, other in model.model_fields.items() if other.is_required() or name in ("hosts", "sinks", "sink")
                       if name in table}  # fmt: skip

@@ -562,3 +562,31 @@ def test_names_follow_the_rules_of_prometheus(telemetry: Telemetry) -> None:
 
 def test_quiet() -> None:
     assert quiet("a\x1b[1m\n\u202eü") == "a\\u001b[1m\\u000a\\u202eü"
+
+
+def test_logins_are_counted_by_mechanism() -> None:
+    telemetry = Telemetry("none")
+    telemetry.event("authenticated", session="s", listener="l", client=None, user="alice", mechanism="PLAIN")
+    for code, reply in ((535, "535 5.7.8 no"), (421, "421 4.7.0 too many"), (454, "454 4.7.0 later")):
+        telemetry.event(
+            "refused",
+            session="s",
+            listener="l",
+            client=None,
+            stage="auth",
+            code=code,
+            reply=reply,
+            address=None,
+            user="x",
+            mechanism="LOGIN",
+            note="",
+        )
+    told = telemetry.exposition().decode()
+    for labels, count in (
+        ('mechanism="PLAIN",outcome="accepted"', 1),
+        ('mechanism="LOGIN",outcome="refused"', 2),
+        ('mechanism="LOGIN",outcome="deferred"', 1),
+    ):
+        assert f"gateway_authentications_total{{{labels}}} {count}.0" in told
+    assert 'gateway_refused_total{reason="5.7.8",stage="auth"} 1.0' in told
+    telemetry.close()

@@ -987,3 +987,26 @@ def test_replies_that_came_too_early_are_pending() -> None:
     assert receiver.pending == 0
     receiver.feed(b"250 ok\r\n")
     assert receiver.reply() == (250, ["ok"])
+
+
+def test_auth_lines_may_be_longer() -> None:
+    for verb, length, fault in (
+        ("AUTH", 100, None),
+        ("auth", 101, "long"),
+        ("AUTHX", 51, "long"),
+        ("NOOP", 51, "long"),
+        ("NOOP", 50, None),
+    ):
+        line = f"{verb} ".encode() + b"x" * (length - len(verb) - 3) + b"\r\n"
+        assert len(line) == length
+        for size in (len(line), 1, 7):
+            receiver = Receiver(50, auth_limit=100)
+            commands = []
+            for at in range(0, len(line), size):
+                receiver.feed(line[at : at + size])
+                while (command := receiver.command()) is not None:
+                    commands.append(command)
+            assert [command.fault for command in commands] == [fault], (verb, length, size)
+    for wrong in (-1, FLOOD_LIMIT + 1):
+        with pytest.raises(ValueError, match="auth_limit"):
+            Receiver(auth_limit=wrong)

@@ -1,10 +1,10 @@
 // Sends what standard input describes through nodemailer and prints what came of it, both as JSON.
-// In: {"port", "lmtp", "pool", "mails": [nodemailer's mail options; attachments' contents in base64]}
+// In: {"port", "lmtp", "pool", "auth": {"user", "pass"}, "mails": [nodemailer's mail options; attachments' contents in base64]}
 // Out: [{"accepted", "rejected", "response"} or {"error", "code"}] in the order of the mails.
 import { createTransport } from "nodemailer";
 import { text } from "node:stream/consumers";
 
-const { port, lmtp = false, pool = 0, mails } = JSON.parse(await text(process.stdin));
+const { port, lmtp = false, pool = 0, auth, mails } = JSON.parse(await text(process.stdin));
 const transport = createTransport({
   host: "127.0.0.1",
   port,
@@ -12,6 +12,7 @@ const transport = createTransport({
   secure: false,
   ignoreTLS: true,
   name: "node.client.example",
+  ...(auth ? { auth } : {}),
   ...(pool ? { pool: true, maxConnections: pool, maxMessages: 1000 } : {}),
 });
 const results = await Promise.all(
