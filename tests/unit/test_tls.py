@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat, load_pem_private_key
 
+from gateway.net.binding import BoundContext
 from gateway.net.tls import CertificateError, Identity, ends_at, names_of
 
 from ..certificates import Certified, certified
@@ -33,6 +35,22 @@ def test_a_context_is_strict(mine: Certified) -> None:
         assert cipher["protocol"] in ("TLSv1.2", "TLSv1.3")
         assert "GCM" in cipher["name"] or "CHACHA20" in cipher["name"], cipher
         assert cipher["protocol"] == "TLSv1.3" or cipher["name"].startswith("ECDHE"), cipher
+
+
+def test_what_a_login_can_be_bound_to(mine: Certified, tmp_path: Path) -> None:
+    alone = Identity((mine.pair,)).context()
+    assert isinstance(alone, BoundContext)
+    # trustme signs by SHA-256.
+    assert alone.end_point == hashlib.sha256(mine.der).digest()
+    # Which of two with the same names OpenSSL showed is not known; one for other names does no harm.
+    same = certified(AUTHORITY, tmp_path / "rsa", "mx.example", "*.Mx.example", kind=trustme.KeyType.RSA)
+    other = certified(AUTHORITY, tmp_path / "other", "other.example")
+    either = Identity((mine.pair, same.pair)).context()
+    assert isinstance(either, BoundContext)
+    assert either.end_point is None
+    several = Identity((mine.pair, other.pair)).context()
+    assert isinstance(several, BoundContext)
+    assert several.end_point == hashlib.sha256(mine.der).digest()
 
 
 def test_names_and_end(mine: Certified, tmp_path: Path) -> None:
