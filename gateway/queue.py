@@ -81,6 +81,8 @@ class Lane:
         "down_since",
         "earliest",
         "latency",
+        "looking",
+        "marked",
         "next_probe",
         "out",
         "paused",
@@ -102,6 +104,10 @@ class Lane:
         self.out = 0
         # Keys of rows that are in `ready`, out, or marked but not yet synced: never started twice.
         self.busy: set[int] = set()
+        # Looks at the spool that are out, and keys whose marks were synced meanwhile: such a row may
+        # have been seen as it was before.
+        self.looking = 0
+        self.marked: set[int] = set()
         self.ready: deque[Pending] = deque()
         self.waiting: deque[_First] = deque()
         # No row outside `busy` is due before this (Unix seconds).
@@ -439,6 +445,8 @@ class Queue:
     def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row]) -> None:
         if lane is not None:
             lane.busy.discard(pending.key)
+            if lane.looking:
+                lane.marked.add(pending.key)
             if pending.recipients and pending.state == "queued":
                 self._expect(lane, pending.due)
         self.follow_up(follow)
@@ -616,17 +624,30 @@ class Queue:
         # A probe takes the row that is due next, whenever that is.
         before = float("inf") if lane.down else now
         wanted = 1 if lane.down else lane.settings.concurrency + WINDOW
-        found = await self._spool.due(name, before, wanted + len(lane.busy))
-        fresh = [pending for pending in found if pending.key not in lane.busy][:wanted]
-        for pending in fresh:
+        fresh, more = await self._look(lane, before, wanted + len(lane.busy))
+        for pending in fresh[:wanted]:
             lane.busy.add(pending.key)
             lane.ready.append(pending)
-        if len(fresh) == wanted:
+        if more or len(fresh) >= wanted:
             lane.earliest = min(lane.earliest, now)
         elif not lane.down:
             later = await self._spool.next_due(name, now)
             if later is not None:
                 lane.earliest = min(lane.earliest, later)
+
+    async def _look(self, lane: Lane, before: float, limit: int) -> tuple[list[Pending], bool]:
+        """Rows that are due and that nobody has in hand, and whether there may be more of them.
+
+        The news of a mark can overtake the answer to a look that came before it: such a row is
+        left out, because it is not any more what the look saw."""
+        lane.looking += 1
+        try:
+            found = await self._spool.due(lane.sink.name, before, limit)
+            return [pending for pending in found if pending.key not in lane.busy and pending.key not in lane.marked], len(found) >= limit
+        finally:
+            lane.looking -= 1
+            if not lane.looking:
+                lane.marked.clear()
 
     async def _carry(self, lane: Lane, pending: Pending) -> None:
         message = None
@@ -682,15 +703,22 @@ class Queue:
 
     async def _expire_waiting(self, lane: Lane) -> None:
         now = self.clock()
-        for pending in await self._spool.due(lane.sink.name, now, 1000):
-            if pending.expires_at > now or pending.key in lane.busy:
-                continue
-            lane.busy.add(pending.key)
-            message = await self._spool.load(pending)
-            if message is None:
-                lane.busy.discard(pending.key)
-            else:
-                self._expire(message, pending)
+        try:
+            waiting, _more = await self._look(lane, now, 1000)
+            for pending in waiting:
+                if pending.expires_at > now or pending.key in lane.busy:
+                    continue
+                lane.busy.add(pending.key)
+                message = None
+                try:
+                    message = await self._spool.load(pending)
+                finally:
+                    if message is None:
+                        lane.busy.discard(pending.key)
+                if message is not None:
+                    self._expire(message, pending)
+        except SpoolError:
+            pass  # the next sweep looks again
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

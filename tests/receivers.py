@@ -96,7 +96,8 @@ async def misbehaving(behaviour: Misbehaviour) -> AsyncIterator[str]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
-            writer.transport.abort()
+            if not writer.transport.is_closing():
+                writer.transport.abort()
         await asyncio.sleep(0)
         await server.wait_closed()
 
