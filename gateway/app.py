@@ -169,6 +169,37 @@ def control_path(config: Config, worker: int) -> Path:
     return config.spool.path / str(worker) / CONTROL
 
 
+def shards(root: Path) -> list[int]:
+    """Numbers of the worker shards that are in a spool folder, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal() and (path / "spool.db").exists())
+
+
+async def stranded(config: Config, telemetry: Telemetry) -> list[str]:
+    """A fault for every shard that holds mail and that no worker of this Config would carry:
+    mail that was promised is never left lying unseen."""
+    faults = []
+    numbers = [number for number in shards(config.spool.path) if number >= config.worker_count]
+    for number in numbers:
+        shard = config.spool.path / str(number)
+        spool = SqliteSpool(shard, observer=telemetry, minimum_free=0)
+        try:
+            await spool.open()
+            rows = sum(count for count, _oldest in (await spool.counts()).values())
+        except (SpoolError, OSError) as error:
+            faults.append(f"spool.path: {error}")
+            continue
+        finally:
+            await spool.close()
+        if rows:
+            faults.append(
+                f"workers: {shard} holds mail for {rows} deliveries that no worker would carry with workers = {config.worker_count}: "
+                f"start with workers = {numbers[-1] + 1} until it is empty, or drop it (gateway queue drop)"
+            )
+    return faults
+
+
 class Gateway:
     """A gateway inside your program::
 
@@ -336,6 +367,8 @@ class Gateway:
         telemetry, place = self.telemetry, self._place
         self._stamps = _stamps(config)
         secured = contexts(config)
+        if place is None and (faults := await stranded(config, telemetry)):
+            raise ConfigError(faults)
         admin = bind_admin(config) if place is None else None
         if admin is not None:
             self._sockets.append(admin)
@@ -348,18 +381,24 @@ class Gateway:
         except (SpoolError, OSError) as error:
             self._spool = None
             raise ConfigError([f"spool.path: {error}"]) from error
-        try:
-            for name, sink in config.sinks.items():
+        faults = []
+        for name, sink in config.sinks.items():
+            try:
                 self._sinks[name] = make_sink(name, sink, config.hostname)
                 await self._sinks[name].open()
-            for name, check in config.checks.items():
+            except (LookupError, ValueError, OSError) as error:
+                faults.append(f"sinks.{name}: {error}")
+        for name, check in config.checks.items():
+            try:
                 self._checks[name] = make_check(name, check)
-        except (LookupError, ValueError, OSError) as error:
-            raise ConfigError([f"sinks and checks: {error}"]) from error
+            except (LookupError, ValueError, OSError) as error:
+                faults.append(f"checks.{name}: {error}")
         try:
             self._users = Users(config.accounts(), config.authentication)
         except ValueError as error:
-            raise ConfigError([f"authentication: {error}"]) from error
+            faults.append(f"authentication: {error}")
+        if faults:
+            raise ConfigError(faults)
         self._queue = Queue(
             self._spool,
             self._sinks,
@@ -705,8 +744,12 @@ class Gateway:
 
         async def change(**what: Any) -> int:
             changed = await spool.change(**what)
-            if changed:
-                queue.kick(what.get("sink"))
+            sink = what.get("sink")
+            again = what.get("action") == "retry"
+            # "Now, please" also ends a pause, but only of a sink that it names.
+            resume = again and sink is not None
+            if changed or resume:
+                queue.kick(sink, probe=again, resume=resume)
             return changed
 
         async def export(message_id: str) -> str:

@@ -16,6 +16,7 @@ from random import SystemRandom
 from typing import Any, Literal
 
 from .contracts import (
+    DELIVERED,
     Answer,
     Check,
     ContentFile,
@@ -37,6 +38,8 @@ from .smtp.trace import mark, received
 
 #: Times a message may have passed this very gateway before it is a loop (RFC 5321 §6.3).
 OWN_PASSES = 5
+#: Octets of one draft that go to its file at a time while all drafts together are over their budget.
+SPILL = 16 * 1024
 #: Octets that may wait for the disk before the connection stops reading.
 DISK_BACKLOG = 2 * 1024 * 1024
 
@@ -282,12 +285,14 @@ class MailDraft:
                 return
             self.id = new_id(self._intake.clock())
             self._file = self._intake.spool.file(self.id)
-        if self._buffered >= INLINE_LIMIT:
+        if self._buffered >= (INLINE_LIMIT if self._intake.held <= self._intake.memory else SPILL):
             self._flush()
 
     @property
     def full(self) -> bool:
-        return self._file is not None and self._held > DISK_BACKLOG
+        if not self._writing:
+            return False
+        return self._held > DISK_BACKLOG or self._intake.held > self._intake.memory
 
     def finish(self, answer: Answer) -> None:
         if self._file is None:
@@ -396,6 +401,7 @@ class Ticket:
         "_strays",
         "_timer",
         "_untried",
+        "_word",
         "message",
     )
 
@@ -412,6 +418,7 @@ class Ticket:
         self._splits: list[Pending] = []
         self._follow: list[Row] = []
         self._late: list[tuple[Pending, Sequence[Outcome]]] = []
+        self._word: Reply | None = None  # the 250 of the one sink whose word is the answer
         self._refused: Mapping[int, Reply] = {}  # LMTP: recipients with an answer of their own
         self._strays: set[int] = set()  # LMTP: Pendings whose try is out and whose outcome concerns nobody any more
         self._kept = False  # a row of this message is in the spool
@@ -543,6 +550,11 @@ class Ticket:
                 self._refuse(list(refusals.values()))
                 return
             self._drop(refusals)
+        elif not refusals and len(self._pendings) == 1:
+            said = self._outcomes[0][1][0]
+            # A function's own Reply is the reply; elsewhere the id of the message tells more.
+            if said.reply.code == 250 and not said.remote and said is not DELIVERED:
+                self._word = said.reply
         self._judge()
         if self._nothing_owed():
             self._accept(stored=False)
@@ -678,7 +690,7 @@ class Ticket:
             stored=stored,
             **self._forwarded(),
         )
-        reply = Reply.ok(f"accepted as {self.message.id}")
+        reply = self._word or Reply.ok(f"accepted as {self.message.id}")
         if transaction.lmtp:
             self._say([self._refused.get(index, reply) for index in range(len(transaction.envelope.recipients))])
         else:

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, Protocol
 
-from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool
+from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool, SpoolError
 from .message import Client, Content, Message, Recipient
 from .reply import Reply
 from .smtp import bounce
@@ -38,6 +38,8 @@ RETRY_AFTER_LIMIT = 86400.0
 LONGEST_SLEEP = 30.0
 #: Rows taken from the spool at once, beyond what can start now.
 WINDOW = 64
+#: Seconds until the spool is asked again after it could not be read.
+READ_AGAIN = 1.0
 #: How often rows of lanes that do not try are looked at for expiry (seconds).
 EXPIRY_SWEEP = 60.0
 
@@ -79,6 +81,8 @@ class Lane:
         "down_since",
         "earliest",
         "latency",
+        "looking",
+        "marked",
         "next_probe",
         "out",
         "paused",
@@ -89,7 +93,9 @@ class Lane:
         "sink",
         "succeeded",
         "timer",
+        "up_since",
         "waiting",
+        "wake_owed",
     )
 
     def __init__(self, sink: Sink, settings: LaneSettings) -> None:
@@ -98,6 +104,10 @@ class Lane:
         self.out = 0
         # Keys of rows that are in `ready`, out, or marked but not yet synced: never started twice.
         self.busy: set[int] = set()
+        # Looks at the spool that are out, and keys whose marks were synced meanwhile: such a row may
+        # have been seen as it was before.
+        self.looking = 0
+        self.marked: set[int] = set()
         self.ready: deque[Pending] = deque()
         self.waiting: deque[_First] = deque()
         # No row outside `busy` is due before this (Unix seconds).
@@ -105,7 +115,11 @@ class Lane:
         self.refilling = False
         self.timer: asyncio.TimerHandle | None = None
         self.down = False
-        self.down_since = 0.0  # loop time
+        self.down_since = 0.0  # loop time; of a pause too
+        self.up_since = 0.0  # loop time
+        # Rows may wait for the sink (``Pending.down``) although the lane is not down: from before
+        # the start, or of tries that outlasted an outage. The next success wakes them.
+        self.wake_owed = True
         self.paused = False
         self.next_probe = 0.0  # loop time
         self.probe_delay = PROBE_FIRST
@@ -194,13 +208,18 @@ class Queue:
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def kick(self, sink: str | None = None) -> None:
-        """Rows were changed by hand: look again, try a sink that is down or paused at once."""
+    def kick(self, sink: str | None = None, *, probe: bool = False, resume: bool = False) -> None:
+        """Rows were changed by hand: forget what was read ahead and look again. ``probe``: try a
+        sink that is down at once; ``resume``: one that is paused, too."""
         for name, lane in self._lanes.items():
             if sink is None or name == sink:
-                lane.paused = False
-                lane.next_probe = 0.0
-                lane.probe_delay = PROBE_FIRST
+                if resume:
+                    lane.paused = False
+                if probe:
+                    lane.next_probe = 0.0
+                    lane.probe_delay = PROBE_FIRST
+                lane.busy.difference_update(pending.key for pending in lane.ready)
+                lane.ready.clear()
                 lane.earliest = 0.0
                 self._pump(lane)
 
@@ -408,10 +427,14 @@ class Queue:
         else:
             self.conclude(delivery.message, pending, outcomes)
         if self._closing:
-            if not any(other.out for other in self._lanes.values()):
-                self._idle.set()
+            self._rest()
         elif lane.waiting or lane.ready or lane.earliest != float("inf"):
             self._pump(lane)
+
+    def _rest(self) -> None:
+        """Closing waits for the last place to be free."""
+        if not any(lane.out for lane in self._lanes.values()):
+            self._idle.set()
 
     def conclude(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> None:
         """A try of a stored row ended: mark what became of it."""
@@ -422,6 +445,8 @@ class Queue:
     def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row]) -> None:
         if lane is not None:
             lane.busy.discard(pending.key)
+            if lane.looking:
+                lane.marked.add(pending.key)
             if pending.recipients and pending.state == "queued":
                 self._expect(lane, pending.due)
         self.follow_up(follow)
@@ -457,19 +482,29 @@ class Queue:
         for outcome in outcomes:
             if not outcome.down and not outcome.pause:
                 lane.succeeded = now
-                if lane.down or lane.paused:
-                    self._up(lane)
+                if lane.paused and started < lane.down_since:
+                    return  # from before the pause: says nothing about it
+                if lane.down:
+                    self._up(lane, now)
+                elif lane.wake_owed:
+                    lane.wake_owed = False
+                    self._wake(lane)
                 return
         outcome = outcomes[0]
-        if outcome.pause and not lane.paused:
-            lane.paused = True
-            self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
+        if outcome.pause:
+            if not lane.paused:
+                # Whoever ends the pause finds a lane that is down: it probes before all go out.
+                lane.paused = lane.down = True
+                lane.down_since = now
+                self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
+            return
         if lane.down:
             if started < lane.down_since:
                 return  # went out with the others, before the first of them failed
         elif lane.succeeded > started:
             # One message that a healthy sink chokes on must not stop the others: a success
             # that came after this try began says that the sink is up.
+            lane.wake_owed = lane.wake_owed or started < lane.up_since
             return
         else:
             lane.down = True
@@ -481,16 +516,27 @@ class Queue:
         lane.probe_delay = min(lane.probe_delay * 2, PROBE_LAST)
         self._arm(lane)
 
-    def _up(self, lane: Lane) -> None:
-        lane.down = lane.paused = False
+    def _up(self, lane: Lane, now: float) -> None:
+        lane.down = lane.paused = lane.wake_owed = False
+        lane.up_since = now
         lane.probe_delay = PROBE_FIRST
         lane.next_probe = 0.0
         self._observer.event("sink_up", sink=lane.sink.name)
-        if not self._closing:
-            self._spawn(self._wake(lane))
+        self._wake(lane)
 
-    async def _wake(self, lane: Lane) -> None:
-        if await self._spool.wake(lane.sink.name, self.clock()):
+    def _wake(self, lane: Lane) -> None:
+        if self._closing:
+            lane.wake_owed = True
+        else:
+            self._spawn(self._wake_rows(lane))
+
+    async def _wake_rows(self, lane: Lane) -> None:
+        try:
+            woken = await self._spool.wake(lane.sink.name, self.clock())
+        except SpoolError:
+            lane.wake_owed = True  # the next success tries again
+            return
+        if woken:
             self._expect(lane, self.clock())
 
     # ------------------------------------------------------------- scheduling
@@ -521,7 +567,19 @@ class Queue:
             if now < lane.timer.when() <= at + 0.01:
                 return
             lane.timer.cancel()
-        lane.timer = self._loop.call_at(at, self._pump, lane)
+        lane.timer = self._loop.call_at(at, self._timed, lane)
+
+    def _timed(self, lane: Lane) -> None:
+        # uvloop may call a moment before `when()`: what has been called is not pending any more.
+        lane.timer = None
+        self._pump(lane)
+
+    def _read_again(self, lane: Lane) -> None:
+        """The spool could not be read: soon again."""
+        lane.earliest = min(lane.earliest, self.clock() + READ_AGAIN)
+        if lane.down:
+            lane.next_probe = max(lane.next_probe, self._loop.time() + READ_AGAIN)
+        self._arm(lane)
 
     def _pump(self, lane: Lane) -> None:
         """Start what can start; ask the spool for more where there is room."""
@@ -533,7 +591,10 @@ class Queue:
         while lane.ready and lane.free(self._loop.time()):
             lane.out += 1  # the place is taken while the message is loaded
             self._spawn(self._carry(lane, lane.ready.popleft()))
-        if lane.ready or lane.refilling:
+        if lane.ready:
+            self._arm(lane)
+            return
+        if lane.refilling:
             return
         if lane.free(self._loop.time()) and (lane.down or lane.earliest <= self.clock()):
             lane.refilling = True
@@ -542,46 +603,74 @@ class Queue:
             self._arm(lane)
 
     async def _refill(self, lane: Lane) -> None:
+        read = False
         try:
-            now = self.clock()
-            name = lane.sink.name
-            lane.earliest = float("inf")
-            # A probe takes the row that is due next, whenever that is.
-            before = float("inf") if lane.down else now
-            wanted = 1 if lane.down else lane.settings.concurrency + WINDOW
-            found = await self._spool.due(name, before, wanted + len(lane.busy))
-            fresh = [pending for pending in found if pending.key not in lane.busy][:wanted]
-            for pending in fresh:
-                lane.busy.add(pending.key)
-                lane.ready.append(pending)
-            if len(fresh) == wanted:
-                lane.earliest = min(lane.earliest, now)
-            elif not lane.down:
-                later = await self._spool.next_due(name, now)
-                if later is not None:
-                    lane.earliest = min(lane.earliest, later)
-            elif not fresh:
-                # Nothing waits: the next new message is the probe.
-                return
+            await self._read_due(lane)
+            read = True
+        except SpoolError:
+            pass  # the spool tells why, and mends itself
         finally:
             lane.refilling = False
-        self._pump(lane)
+            if not read:
+                self._read_again(lane)
+        # A lane that is down and for which nothing waits is probed by the next new message.
+        if read and (lane.ready or not lane.down):
+            self._pump(lane)
+
+    async def _read_due(self, lane: Lane) -> None:
+        now = self.clock()
+        name = lane.sink.name
+        lane.earliest = float("inf")
+        # A probe takes the row that is due next, whenever that is.
+        before = float("inf") if lane.down else now
+        wanted = 1 if lane.down else lane.settings.concurrency + WINDOW
+        fresh, more = await self._look(lane, before, wanted + len(lane.busy))
+        for pending in fresh[:wanted]:
+            lane.busy.add(pending.key)
+            lane.ready.append(pending)
+        if more or len(fresh) >= wanted:
+            lane.earliest = min(lane.earliest, now)
+        elif not lane.down:
+            later = await self._spool.next_due(name, now)
+            if later is not None:
+                lane.earliest = min(lane.earliest, later)
+
+    async def _look(self, lane: Lane, before: float, limit: int) -> tuple[list[Pending], bool]:
+        """Rows that are due and that nobody has in hand, and whether there may be more of them.
+
+        The news of a mark can overtake the answer to a look that came before it: such a row is
+        left out, because it is not any more what the look saw."""
+        lane.looking += 1
+        try:
+            found = await self._spool.due(lane.sink.name, before, limit)
+            return [pending for pending in found if pending.key not in lane.busy and pending.key not in lane.marked], len(found) >= limit
+        finally:
+            lane.looking -= 1
+            if not lane.looking:
+                lane.marked.clear()
 
     async def _carry(self, lane: Lane, pending: Pending) -> None:
         message = None
+        read = False
         try:
             message = await self._spool.load(pending)
+            read = True
+        except SpoolError:
+            pass  # as in _refill
         finally:
             lane.out -= 1
-            if message is None:
+            if message is None or self._closing:
                 lane.busy.discard(pending.key)
+            if self._closing:
+                self._rest()
+            elif not read:
+                self._read_again(lane)
+        if self._closing or not read:
+            return
         if message is None:
             self._pump(lane)
             return
-        if self._closing:
-            return
-        now = self.clock()
-        if now >= pending.expires_at and pending.attempts:
+        if self.clock() >= pending.expires_at and pending.attempts:
             self._expire(message, pending)
             self._pump(lane)
             return
@@ -614,15 +703,22 @@ class Queue:
 
     async def _expire_waiting(self, lane: Lane) -> None:
         now = self.clock()
-        for pending in await self._spool.due(lane.sink.name, now, 1000):
-            if pending.expires_at > now or pending.key in lane.busy:
-                continue
-            lane.busy.add(pending.key)
-            message = await self._spool.load(pending)
-            if message is None:
-                lane.busy.discard(pending.key)
-            else:
-                self._expire(message, pending)
+        try:
+            waiting, _more = await self._look(lane, now, 1000)
+            for pending in waiting:
+                if pending.expires_at > now or pending.key in lane.busy:
+                    continue
+                lane.busy.add(pending.key)
+                message = None
+                try:
+                    message = await self._spool.load(pending)
+                finally:
+                    if message is None:
+                        lane.busy.discard(pending.key)
+                if message is not None:
+                    self._expire(message, pending)
+        except SpoolError:
+            pass  # the next sweep looks again
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
 from .admin.control import ControlError, call
-from .app import Gateway, Log, Place, bind_admin, bind_all, control_path
+from .app import Gateway, Log, Place, bind_admin, bind_all, control_path, stranded
 from .config import Config, ConfigError
 from .net import notify
 from .net.sockets import spoken
@@ -88,6 +88,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if faults := await stranded(self.config, self.telemetry):
+            raise ConfigError(faults)
         admin = bind_admin(self.config)
         try:
             self._sockets = bind_all(self.config)

@@ -96,7 +96,9 @@ async def misbehaving(behaviour: Misbehaviour) -> AsyncIterator[str]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
-            writer.transport.abort()
+            # asyncio's transport, once it is closed, has no loop left to abort on.
+            with suppress(AttributeError):
+                writer.transport.abort()
         await asyncio.sleep(0)
         await server.wait_closed()
 

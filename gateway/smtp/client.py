@@ -460,13 +460,14 @@ class ClientSession:
     def _cannot_carry(self, mail: Mail) -> Reply | None:
         """What this upstream cannot carry fails here; nothing is ever re-encoded (promise 3)."""
         offers = self._offers
+        # First: a UTF-8 address also makes our own trace field 8-bit.
+        if "SMTPUTF8" not in offers and _international(mail):
+            return _NO_SMTPUTF8
         if (mail.params.get("BODY") or "").upper() == "BINARYMIME":
             if not (self._terms.binarymime and self._chunking and "BINARYMIME" in offers):
                 return _NO_BINARYMIME
         elif mail.eight_bit and "8BITMIME" not in offers:
             return _NO_8BITMIME
-        if "SMTPUTF8" not in offers and _international(mail):
-            return _NO_SMTPUTF8
         limit = offers.get("SIZE", "")
         if limit.isascii() and limit.isdigit() and 0 < int(limit[:19]) < mail.size:
             return _TOO_LARGE

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import logging
 import os
+import shutil
 import smtplib
 import socket
 import ssl
@@ -100,6 +101,11 @@ async def running(config: Config) -> AsyncIterator[tuple[Gateway, Told]]:
     async with Gateway(config, telemetry=told) as gateway:
         yield gateway, told
     assert not told.named("bug"), told.named("bug")
+
+
+def _closed_port() -> int:
+    with bind("127.0.0.1", 0) as sock:
+        return int(sock.getsockname()[1])
 
 
 def boxed(folder: Path) -> list[bytes]:
@@ -301,9 +307,23 @@ async def test_a_spool_that_another_has(tmp_path: Path) -> None:
 
 
 @on_both_loops
+async def test_mail_in_a_shard_without_a_worker(tmp_path: Path) -> None:
+    """Fewer workers than before: what another shard holds is told, not left lying."""
+    sinks = {"box": {"type": "relay", "hosts": [f"127.0.0.1:{_closed_port()}"]}}
+    async with running(file(tmp_path, sinks=sinks)) as (gateway, _):
+        assert (await sent(gateway.port, "b@here.example"))[0] == 250
+    (tmp_path / "spool" / "0").rename(tmp_path / "spool" / "1")
+    with pytest.raises(ConfigError, match=r"workers: .*spool/1 holds mail for 1 deliveries .* start with workers = 2"):
+        await Gateway(file(tmp_path, sinks=sinks)).start()
+    shutil.rmtree(tmp_path / "spool" / "1")
+    async with running(file(tmp_path, sinks=sinks)):
+        pass
+
+
+@on_both_loops
 async def test_a_sink_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "box").write_text("a file where a folder belongs")
-    with pytest.raises(ConfigError, match="box"):
+    with pytest.raises(ConfigError, match=r"^sinks\.box: "):
         await Gateway(file(tmp_path)).start()
     # The spool's lock is free again.
     (tmp_path / "box").unlink()

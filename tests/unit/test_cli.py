@@ -489,7 +489,7 @@ def test_queue_export_is_the_octets(spool: Path, tmp_path: Path) -> None:
 
 def test_queue_retry_is_for_what_waits(spool: Path) -> None:
     assert run("queue", "retry", "--spool", spool, "--sink", "app").stdout == "1 changed\n"
-    assert rows(spool)["m1"]["due"] < NOW + 60
+    assert rows(spool)["m1"]["due"] <= time.time()
     assert rows(spool)["m3"]["state"] == "held"
     assert rows(spool)["m2"]["due"] == NOW + 7200
     assert run("queue", "retry", "--spool", spool, "--all").stdout == "2 changed\n"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gateway.contracts import Question, SpoolError, Verdict
+from gateway.contracts import Outcome, Question, SpoolError, Verdict
 from gateway.contracts import Stage as CheckStage
 from gateway.intake import OWN_PASSES, new_id
 from gateway.message import INLINE_LIMIT
@@ -509,6 +509,29 @@ async def test_over_the_memory_budget_small_content_goes_to_files_too() -> None:
         await breathe()
         assert stage.codes == [250]
         assert sink.seen[0].message.stored.path is not None
+
+
+async def test_the_memory_budget_holds_for_content_that_stands_still() -> None:
+    async with Stage(StagedSink("app", OK), memory=300_000) as stage:
+        drafts = []
+        for _ in range(50):
+            draft = stage.draft(stage.transaction())
+            for _ in range(12):
+                draft.write(b"x" * 20_000)
+                await breathe(1)
+            drafts.append(draft)
+        await breathe()
+        assert stage.intake.held < 300_000 + 50 * 20_000 / 10
+        for draft in drafts:
+            draft.abort()
+        assert stage.intake.held == 0
+
+
+async def test_a_functions_own_250_is_the_reply() -> None:
+    said = Outcome("delivered", Reply(250, "2.1.5", "mine"))
+    async with Stage(StagedSink("app", said)) as stage:
+        stage.send(route=delivered("app"))
+        assert stage.answers == [said.reply]
 
 
 async def test_an_aborted_draft_leaves_nothing() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.contracts import Outcome
+from gateway.contracts import Outcome, Pending, SpoolError
 from gateway.queue import EXPIRED, PROBE_LAST
 from gateway.reply import Reply
 from gateway.route import Route
@@ -222,10 +222,141 @@ async def test_410_pauses_until_somebody_says_go() -> None:
         assert sink.out == []
         stage.queue.kick("app")
         await breathe(20)
+        assert sink.out == [], "only who says so ends a pause"
+        stage.queue.kick("app", resume=True)
+        await breathe(20)
         sink.settle(OK)
         await breathe(20)
         assert stage.queue.health() == {"app": "up"}
         assert stage.spool.rows == {}
+
+
+async def test_an_early_timer_does_not_end_the_probes() -> None:
+    """uvloop rounds to milliseconds and may call before the timer's own ``when()``."""
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        sink.settle(DOWN)
+        await breathe(20)
+        lane = stage.queue._lanes["app"]
+        assert lane.timer is not None
+        lane.timer.cancel()
+        stage.queue._timed(lane)  # long before next_probe
+        assert lane.timer is not None
+        assert not lane.timer.cancelled()
+
+
+async def test_a_sink_that_goes_down_during_a_backlog_is_probed() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=2) as stage:
+        stage.spool.by_itself = True
+        for _ in range(10):
+            stage.send()
+        await breathe(30)
+        sink.settle(OK)
+        await breathe(30)
+        while sink.out:
+            sink.settle(DOWN)
+        await breathe(30)
+        assert stage.queue.health() == {"app": "down"}
+        await asyncio.sleep(1.3)
+        assert len(sink.out) == 1
+        sink.settle(OK)
+        await breathe(30)
+        while sink.out:
+            sink.settle(OK)
+            await breathe(30)
+        assert stage.spool.rows == {}
+
+
+@pytest.mark.parametrize("broken", ["due", "load", "next_due", "wake"])
+async def test_a_spool_that_cannot_be_read_for_a_moment_stops_no_lane(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=2) as stage:
+        stage.spool.by_itself = True
+        for _ in range(6):
+            stage.send()
+        while sink.out:
+            sink.settle(DOWN)
+        await breathe(30)
+        whole = getattr(stage.spool, broken)
+
+        async def fails(*_: object) -> object:
+            monkeypatch.setattr(stage.spool, broken, whole)
+            raise SpoolError("too many open files", known=True)
+
+        monkeypatch.setattr(stage.spool, broken, fails)
+        sink.at_once = OK
+        stage.queue.kick("app", probe=True)
+        for _ in range(40):
+            await asyncio.sleep(0.1)
+            if broken == "wake" and len(stage.spool.rows) < 6:
+                stage.send()  # the next success wakes
+            if not stage.spool.rows:
+                break
+        assert stage.spool.rows == {}
+
+
+async def test_rows_that_waited_for_the_sink_before_the_start_are_woken_by_the_first_success() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, retry=(14400.0,)) as stage:
+        stage.spool.by_itself = True
+        for _ in range(3):
+            stage.send()
+        while sink.out:
+            sink.settle(DOWN)
+        await breathe(30)
+        spool = stage.spool
+    again = Stage(StagedSink("app", OK))
+    again.queue._spool = again.intake.spool = spool
+    again.clock.added = 1.0
+    async with again:
+        again.send()
+        await breathe(40)
+        assert spool.rows == {}
+
+
+async def test_what_is_held_by_hand_is_not_sent_from_what_was_read_ahead() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        for _ in range(10):
+            stage.send()
+        await breathe(30)
+        sink.settle(OK)
+        await breathe(30)
+        assert stage.queue._lanes["app"].ready
+        for _message, pending in stage.spool.rows.values():
+            pending.state = "held"
+        stage.queue.kick("app")
+        sink.settle(OK)
+        await breathe(30)
+        assert sink.out == []
+
+
+async def test_closing_does_not_wait_for_a_message_that_was_only_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.send(route=Route(("*",), ("app",)))
+        sink.settle(LATER)
+        stage.spool.commit()
+        gate = asyncio.Event()
+        whole = stage.spool.load
+
+        async def slow(pending: Pending) -> object:
+            await gate.wait()
+            return await whole(pending)
+
+        monkeypatch.setattr(stage.spool, "load", slow)
+        stage.clock.added = 100.0
+        stage.queue.kick()
+        await breathe()
+        closing = asyncio.create_task(stage.queue.close(30.0))
+        await breathe()
+        gate.set()
+        await asyncio.wait_for(closing, 1.0)
+        assert len(sink.seen) == 1
 
 
 async def test_a_failing_sink_never_delays_another() -> None:

@@ -1,0 +1,86 @@
+"""What may cross on the way between the queue and its spool, and timers that are early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+import uvloop
+
+from gateway.contracts import Pending
+
+from .stage import LATER, OK, Stage, StagedSink, breathe, patience
+
+
+async def test_a_row_that_was_marked_while_the_spool_looked_is_not_tried_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look came first, then the mark; the news of the mark came back first."""
+    sink = StagedSink("app")
+    async with Stage(sink) as stage:
+        stage.send("a@us.example", "b@us.example")
+        await patience()
+        stage.spool.commit()
+        sink.settle(OK, LATER)
+        look = stage.spool.due
+
+        async def crossed(sink: str, before: float, limit: int) -> list[Pending]:
+            found = await look(sink, before, limit)
+            stage.spool.sync_marks()
+            return found
+
+        monkeypatch.setattr(stage.spool, "due", crossed)
+        stage.queue.kick()
+        await breathe(20)
+        assert len(sink.seen) == 1
+        # What it still owes is tried when it is due, and only that.
+        monkeypatch.setattr(stage.spool, "due", look)
+        stage.clock.added = 70.0
+        stage.queue.kick()
+        await breathe(20)
+        assert [[recipient.address for recipient in delivery.recipients] for delivery in sink.seen[1:]] == [["b@us.example"]]
+
+
+async def test_expiry_does_not_judge_what_was_marked_while_the_spool_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, expire=100.0) as stage:
+        stage.send("a@us.example", "b@us.example")
+        await patience()
+        stage.spool.commit()
+        sink.settle(OK, LATER)
+        look = stage.spool.due
+
+        async def crossed(sink: str, before: float, limit: int) -> list[Pending]:
+            found = await look(sink, before, limit)
+            stage.spool.sync_marks()
+            return found
+
+        monkeypatch.setattr(stage.spool, "due", crossed)
+        stage.clock.added = 200.0
+        lane = stage.queue._lanes["app"]
+        await stage.queue._expire_waiting(lane)
+        await breathe(20)
+        # One of the two was carried: only the other is given up, and once.
+        assert [fields["recipients"] for name, fields in stage.told.events if name == "dead"] == [1]
+
+
+def test_a_timer_that_fires_early_does_not_silence_the_lane() -> None:
+    """uvloop counts milliseconds: a timer may fire a fraction before its time."""
+
+    async def story() -> Sequence[object]:
+        sink = StagedSink("app", LATER)
+        async with Stage(sink, retry=(0.0123,)) as stage:
+            stage.spool.by_itself = True
+            for _ in range(20):
+                stage.send()
+            await breathe()
+            if stage.spool.waiting:
+                stage.spool.commit()
+            seen = 0
+            for _ in range(20):
+                await asyncio.sleep(0.15)
+                assert len(sink.seen) > seen, "nothing is tried any more"
+                seen = len(sink.seen)
+        return sink.seen
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(story())
