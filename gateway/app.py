@@ -50,6 +50,7 @@ from .net.tls import CertificateError, Identity
 from .observe import Telemetry
 from .queue import LaneSettings, Queue
 from .reply import Reply
+from .route import Routes
 from .sinks import make_sink
 from .smtp.server import Rules
 from .spool.sqlite import SqliteSpool
@@ -174,6 +175,30 @@ def shards(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal() and (path / "spool.db").exists())
+
+
+def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: tuple[str, ...], *, binarymime: bool = True) -> Rules:
+    """What the sessions of a listener go by. ``mechanisms``: of SASL, those that can be offered;
+    ``binarymime``: every route's sink carries it."""
+    return Rules(
+        hostname=config.hostname,
+        routes=table,
+        protocol=listener.protocol,
+        message_size=config.limits.message_size,
+        recipients=config.limits.recipients,
+        hops=config.limits.hops,
+        long_lines=listener.long_lines,
+        bare_newlines=listener.bare_newlines,
+        tls=listener.tls,
+        auth=listener.auth,
+        auth_without_tls=listener.auth_without_tls,
+        mechanisms=mechanisms,
+        senders=config.owners(listener),
+        binarymime=binarymime,
+        client_checks=config.checks_at("client"),
+        sender_checks=config.checks_at("sender"),
+        recipient_checks=frozenset(config.checks_at("recipient")),
+    )
 
 
 async def stranded(config: Config, telemetry: Telemetry) -> list[str]:
@@ -466,28 +491,8 @@ class Gateway:
         """What each listener's sessions go by."""
         table = config.table()
         binary = all(self._sinks[name].carries_binary for name in table.sinks())
-        return [
-            Rules(
-                hostname=config.hostname,
-                routes=table,
-                protocol=listener.protocol,
-                message_size=config.limits.message_size,
-                recipients=config.limits.recipients,
-                hops=config.limits.hops,
-                long_lines=listener.long_lines,
-                bare_newlines=listener.bare_newlines,
-                tls=listener.tls,
-                auth=listener.auth,
-                auth_without_tls=listener.auth_without_tls,
-                mechanisms=self._users.mechanisms if self._users is not None else (),
-                senders=config.owners(listener),
-                binarymime=binary,
-                client_checks=config.checks_at("client"),
-                sender_checks=config.checks_at("sender"),
-                recipient_checks=frozenset(config.checks_at("recipient")),
-            )
-            for listener in config.listeners
-        ]
+        mechanisms = self._users.mechanisms if self._users is not None else ()
+        return [rules(config, listener, table, mechanisms, binarymime=binary) for listener in config.listeners]
 
     # --------------------------------------------------------------- the watch
 

@@ -660,34 +660,17 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
-    from .smtp.server import Rules
+    from .app import rules
     from .users import mechanisms
 
     logins = config.authentication
-
-    return Rules(
-        hostname=config.hostname,
-        routes=routes,
-        protocol=listener.protocol,
-        message_size=config.limits.message_size,
-        recipients=config.limits.recipients,
-        hops=config.limits.hops,
-        long_lines=listener.long_lines,
-        bare_newlines=listener.bare_newlines,
-        tls=listener.tls,
-        auth=listener.auth,
-        auth_without_tls=listener.auth_without_tls,
-        mechanisms=mechanisms(
-            config.accounts(),
-            logins is not None and logins.url is not None,
-            logins is not None and logins.jwks_url is not None,
-            None if logins is None or logins.mechanisms is None else frozenset(logins.mechanisms),
-        ),
-        senders=config.owners(listener),
-        client_checks=config.checks_at("client"),
-        sender_checks=config.checks_at("sender"),
-        recipient_checks=frozenset(config.checks_at("recipient")),
+    offered = mechanisms(
+        config.accounts(),
+        logins is not None and logins.url is not None,
+        logins is not None and logins.jwks_url is not None,
+        None if logins is None or logins.mechanisms is None else frozenset(logins.mechanisms),
     )
+    return rules(config, listener, routes, offered)
 
 
 def _explained(
