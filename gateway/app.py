@@ -534,7 +534,7 @@ class Gateway:
         if self._admission is not None:
             self._admission.limits = config.limits
         for listener, new, context, entry in zip(self._listeners, rules, secured, config.listeners, strict=True):
-            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry), context)
+            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry), context=context)
         self.telemetry.event("reloaded")
 
     def _watch_certificates(self) -> None:

@@ -270,7 +270,7 @@ class Listener:
             os.close(self._spare)
             self._spare = None
 
-    def go_by(self, rules: Rules, door: Door | None = None, context: ssl.SSLContext | None = None) -> None:
+    def go_by(self, rules: Rules, door: Door | None = None, *, context: ssl.SSLContext | None) -> None:
         """From now on these rules hold, for those that are in as well; ``door`` for those that come;
         ``context``: as at the beginning."""
         self.rules = rules

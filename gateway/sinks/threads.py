@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Threads:
     def __init__(self, name: str, limit: int) -> None:
         self._name = name
         self._limit = limit
-        self._works: queue.SimpleQueue[_Work[object] | None] = queue.SimpleQueue()
+        self._works: queue.SimpleQueue[_Work[Any] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._started = 0
 
@@ -63,7 +63,7 @@ class Threads:
         if not self._idle.acquire(blocking=False) and self._started < self._limit:
             self._started += 1
             threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True).start()
-        self._works.put(work)  # type: ignore[arg-type]
+        self._works.put(work)
         return await work.future
 
     def _serve(self) -> None:

@@ -25,6 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -444,7 +445,7 @@ async def load(ledger: Ledger, life: Life, pick: random.Random) -> tuple[float, 
         return made
 
     for depth in [DEPTH] * BDAT_SESSIONS + [0] * DATA_SESSIONS:
-        await loop.create_connection(lambda depth=depth: session(depth), "127.0.0.1", port)  # type: ignore[misc]
+        await loop.create_connection(partial(session, depth), "127.0.0.1", port)
     samples = [(time.monotonic(), ledger.answered)]
     wanted, deadline = samples[0][0] + pick.uniform(0.3, 0.8), samples[0][0] + 30
     while True:
