@@ -236,6 +236,29 @@ async def test_a_mail_comes_through() -> None:
 
 
 @on_both_loops
+async def test_clean_content_is_the_very_object_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the transport to the draft nothing is copied."""
+    reads: list[bytes] = []
+    original = module.Connection.data_received
+
+    def spy(self: module.Connection, data: bytes) -> None:
+        reads.append(data)
+        original(self, data)
+
+    monkeypatch.setattr(module.Connection, "data_received", spy)
+    async with house() as here:
+        client = await here.dial()
+        await client.to_content()
+        (mail,) = here.inbox.mails
+        content = b"Subject: x\r\n\r\n" + b"a line without a dot\r\n" * 200
+        client.writer.write(content)
+        await until(lambda: sum(map(len, mail.pieces)) == len(content))
+        assert all(any(piece is read for read in reads) for piece in mail.pieces)
+        assert await client.say(b".") == [b"250 2.0.0 taken\r\n"]
+        assert b"".join(mail.pieces) == content
+
+
+@on_both_loops
 async def test_one_write_answers_a_pipelined_group(monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[bytes] = []
     original = module.Connection._settle
