@@ -427,7 +427,10 @@ class Gateway:
         self._queue = Queue(
             self._spool,
             self._sinks,
-            {name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays) for name, sink in config.sinks.items()},
+            {
+                name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count)
+                for name, sink in config.sinks.items()
+            },
             retry=config.retry.delays,
             expire=config.retry.expire,
             hold=config.spool.hold,

@@ -95,6 +95,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE | re.ASCII
 _SIZE_UNITS = {"b": 1} | {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)", re.ASCII)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)", re.ASCII)
 _DURATION_HELP = 'must be a duration like "250ms", "30s", "5m", "4h" or "5d"'
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -127,6 +128,15 @@ def _duration(value: object) -> object:
     if not text or end != len(text):
         raise ValueError(_DURATION_HELP)
     return seconds
+
+
+def _rate(value: object) -> object:
+    if value == 0 and not isinstance(value, (bool, str)):
+        return value
+    match = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or not float(match[1]):
+        raise ValueError('must be a rate like "50/s", "600/m" or "10000/h"')
+    return float(match[1]) / _DURATION_UNITS[match[2]]
 
 
 def _network(value: object) -> object:
@@ -354,6 +364,7 @@ Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0, allow_inf_nan=False)]
 #: A duration of nothing would mean "never in time".
 Deadline = Annotated[float, BeforeValidator(_duration), Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 Networks = list[Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 ExistingFile = Annotated[Path, AfterValidator(_existing)]
@@ -562,11 +573,13 @@ class Admin(Table):
 
 
 class AnySink(Table):
-    """What every sink has. ``concurrency``: deliveries out at a time. ``timeout``: seconds until
-    a try without an end counts as deferred. ``relays``: it hands mail to another mail server."""
+    """What every sink has. ``concurrency``: deliveries out at a time. ``rate``: deliveries begun
+    in a second by all workers together, each of which has its even share (0: any number). ``timeout``: seconds until a try without an
+    end counts as deferred. ``relays``: it hands mail to another mail server."""
 
     type: str
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
+    rate: Rate = 0.0
     timeout: Deadline = 30.0
     on_failure: Literal["dead_letter", "bounce"] = "dead_letter"
 

@@ -36,6 +36,8 @@ PROBE_FIRST, PROBE_LAST = 1.0, 60.0
 RETRY_AFTER_LIMIT = 86400.0
 #: Longest sleep of a lane: steps of the wall clock are noticed after that (seconds).
 LONGEST_SLEEP = 30.0
+#: Seconds of its ``rate`` that a lane which was idle, or woken late, may begin at once.
+CATCH_UP = 0.05
 #: Rows taken from the spool at once, beyond what can start now.
 WINDOW = 64
 #: Seconds until the spool is asked again after it could not be read.
@@ -50,11 +52,12 @@ NO_SUCH_SINK = "this sink is not in the configuration"
 @dataclass(slots=True)
 class LaneSettings:
     """``concurrency``: deliveries out at once. ``on_failure``: what becomes of a recipient that
-    failed for good or expired."""
+    failed for good or expired. ``rate``: deliveries begun in a second, 0 for any number."""
 
     concurrency: int
     on_failure: Literal["bounce", "dead_letter"]
     relays: bool = False
+    rate: float = 0.0
 
 
 class Waiting(Protocol):
@@ -80,6 +83,7 @@ class Lane:
         "down",
         "down_since",
         "earliest",
+        "gap",
         "latency",
         "looking",
         "marked",
@@ -91,6 +95,7 @@ class Lane:
         "refilling",
         "settings",
         "sink",
+        "slot",
         "succeeded",
         "timer",
         "up_since",
@@ -102,6 +107,9 @@ class Lane:
         self.sink = sink
         self.settings = settings
         self.out = 0
+        # Seconds between the begins of two deliveries, and the loop time of the next one.
+        self.gap = 1.0 / settings.rate if settings.rate else 0.0
+        self.slot = 0.0
         # Keys of rows that are in `ready`, out, or marked but not yet synced: never started twice.
         self.busy: set[int] = set()
         # Looks at the spool that are out, and keys whose marks were synced meanwhile: such a row may
@@ -131,8 +139,17 @@ class Lane:
         if self.paused:
             return False
         if self.down:
-            return self.out == 0 and now >= self.next_probe
-        return self.out < self.settings.concurrency
+            return self.out == 0 and now >= max(self.next_probe, self.slot)
+        return self.room(now)
+
+    def room(self, now: float) -> bool:
+        """Is there a place, and is it time for its next delivery, whatever is thought of the sink?"""
+        return self.out < self.settings.concurrency and now >= self.slot
+
+    def charge(self, now: float) -> None:
+        """A delivery takes its place at loop time ``now``."""
+        if self.gap:
+            self.slot = max(self.slot, now - CATCH_UP) + self.gap
 
 
 class Queue:
@@ -246,16 +263,20 @@ class Queue:
         lane = self._lanes.get(pending.sink)
         if lane is None or self._closing:
             return False
+        now = self._loop.time()
         if wait:
-            if lane.out < lane.settings.concurrency:
+            if not lane.waiting and lane.room(now):
+                lane.charge(now)
                 self._start(lane, message, pending, ticket)
             else:
                 lane.waiting.append(_First(message, pending, ticket))
+                self._arm(lane)
             return True
-        if lane.ready or lane.waiting or message.not_before > self.clock() or not lane.free(self._loop.time()):
+        if lane.ready or lane.waiting or message.not_before > self.clock() or not lane.free(now):
             return False
         if lane.earliest <= self.clock():
             return False  # a backlog is due: it goes first
+        lane.charge(now)
         self._start(lane, message, pending, ticket)
         return True
 
@@ -553,15 +574,22 @@ class Queue:
     def _arm(self, lane: Lane) -> None:
         """Wake the lane when something can happen next. Where only an outcome can make room,
         nothing is armed: the outcome pumps."""
-        if self._closing or lane.paused or lane.out >= (1 if lane.down else lane.settings.concurrency):
-            return
         now = self._loop.time()
-        if lane.down:
+        if self._closing or lane.out >= lane.settings.concurrency:
+            return
+        if lane.waiting:
+            wait = 0.0  # who waits for the sink's own word is tried whatever is thought of the sink
+        elif lane.paused or (lane.down and lane.out):
+            return
+        elif lane.down:
             wait = lane.next_probe - now
+        elif lane.ready:
+            wait = 0.0
         elif lane.earliest == float("inf"):
             return
         else:
             wait = lane.earliest - self.clock()
+        wait = max(wait, lane.slot - now)
         at = now + min(max(wait, 0.01), LONGEST_SLEEP)
         if lane.timer is not None:
             if now < lane.timer.when() <= at + 0.01:
@@ -585,10 +613,12 @@ class Queue:
         """Start what can start; ask the spool for more where there is room."""
         if self._closing:
             return
-        while lane.waiting and lane.out < lane.settings.concurrency:
+        while lane.waiting and lane.room(now := self._loop.time()):
             first = lane.waiting.popleft()
+            lane.charge(now)
             self._start(lane, first.message, first.pending, first.ticket)
-        while lane.ready and lane.free(self._loop.time()):
+        while lane.ready and lane.free(now := self._loop.time()):
+            lane.charge(now)
             lane.out += 1  # the place is taken while the message is loaded
             self._spawn(self._carry(lane, lane.ready.popleft()))
         if lane.ready:

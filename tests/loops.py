@@ -1,4 +1,4 @@
-"""Tests that must hold on whichever event loop a program brings."""
+"""What tests want of event loops: to hold on whichever a program brings, and to wait for what comes about."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def on_both_loops(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     )
     marked: Callable[..., None] = pytest.mark.parametrize("loop", list(LOOPS))(run)
     return marked
+
+
+async def until(look: Callable[[], object]) -> None:
+    """Returns when ``look`` answers something true. Raises TimeoutError after ten seconds."""
+    for _ in range(2000):
+        if look():
+            return
+        await asyncio.sleep(0.005)
+    raise TimeoutError("it did not come about")

@@ -125,11 +125,3 @@ async def opened(folder: Path, **more: Any) -> AsyncIterator[SqliteSpool]:
         yield spool
     finally:
         await spool.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Looks every few milliseconds, for ten seconds at most."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        await asyncio.sleep(0.005)

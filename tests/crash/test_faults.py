@@ -25,7 +25,8 @@ from gateway.contracts import Mark, Pending, Row, SpoolError
 from gateway.spool import engine, sqlite
 from gateway.spool.sqlite import SqliteSpool
 from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS, How, Left, replay
-from tests.crash.mail import Events, Ticket, keep, large, message, opened, pending, store, until
+from tests.crash.mail import Events, Ticket, keep, large, message, opened, pending, store
+from tests.loops import until
 
 _numbers = itertools.count()
 

@@ -211,13 +211,14 @@ class Stage:
         expire: float = 3600.0,
         checks: Mapping[str, Check] | None = None,
         memory: int = 128 * 1024 * 1024,
+        rate: float = 0.0,
     ) -> None:
         self.told = Told()
         self.spool = StagedSpool()
         self.clock = Clock()
         self.sinks = {sink.name: sink for sink in sinks}
         lanes = {
-            name: LaneSettings(concurrency, "bounce" if on_failure == "bounce" and name != bounces else "dead_letter")
+            name: LaneSettings(concurrency, "bounce" if on_failure == "bounce" and name != bounces else "dead_letter", rate=rate)
             for name in self.sinks
         }
         carriers: dict[str, Sink] = dict(self.sinks)

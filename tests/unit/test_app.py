@@ -13,7 +13,7 @@ import smtplib
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from gateway.net.sockets import bind
 from gateway.observe import Telemetry
 
 from ..certificates import Certified, certified
-from ..loops import on_both_loops
+from ..loops import on_both_loops, until
 
 MAIL = b"Subject: hello\r\n\r\n.dots and all\r\n"
 
@@ -521,14 +521,6 @@ async def test_what_only_a_restart_can_change(tmp_path: Path) -> None:
 
 
 AUTHORITY = trustme.CA()
-
-
-async def until(look: Callable[[], object]) -> None:
-    for _ in range(500):
-        if look():
-            return
-        await asyncio.sleep(0.01)
-    raise TimeoutError
 
 
 def by_tls(port: int) -> bytes:

@@ -607,9 +607,14 @@ def not_yet(way: str) -> str:
         ]),
         (
             {"sinks": "[sinks.app]\ntype = 'discard'\nurl = 'x'"},
-            ["sinks.app.url: unknown key; known here: concurrency, on_failure, timeout, type"],
+            ["sinks.app.url: unknown key; known here: concurrency, on_failure, rate, timeout, type"],
         ),
         ({"sinks": "[sinks.app]\ntype = 'discard'\nconcurrency = 0"}, ["sinks.app.concurrency: must be at least 1"]),
+        (
+            {"sinks": "[sinks.app]\ntype = 'discard'\nrate = '50'"},
+            ['sinks.app.rate: must be a rate like "50/s", "600/m" or "10000/h"'],
+        ),
+        ({"sinks": "[sinks.app]\ntype = 'discard'\nrate = '0/s'"}, ['sinks.app.rate: must be a rate like "50/s", "600/m" or "10000/h"']),
         ({"sinks": "[sinks.app]\ntype = 'discard'\non_failure = 'drop'"}, ["sinks.app.on_failure: must be one of dead_letter, bounce"]),
         ({"sinks": "[sinks.app]\ntype = 'webhook'"}, ["sinks.app.url: is missing; this key is needed"]),
         ({"sinks": "[sinks.app]\ntype = 'webhook'\nurl = 'app.example'"}, ['sinks.app.url: must be a URL like "https://app.example/inbound"']),
@@ -1192,7 +1197,7 @@ def test_every_key_there_is_stands_in_the_example() -> None:
     # The example says in words that lmtp has what relay has, and stdout and discard what every sink has.
     shown[LmtpConfig] |= shown[RelayConfig] - {"mx"}
     for model in (StdoutConfig, DiscardConfig):
-        shown[model] |= {"concurrency", "timeout", "on_failure"}
+        shown[model] |= {"concurrency", "rate", "timeout", "on_failure"}
     assert {*SINKS.values(), *CHECKS.values(), Head, Limits, Retry, SpoolConfig, Admin, RouteConfig, ListenerConfig} <= set(shown)
     for model, keys in shown.items():
         assert set(model.model_fields) == keys, model.__name__

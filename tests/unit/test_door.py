@@ -24,8 +24,8 @@ from gateway.smtp import replies
 from gateway.smtp.proxy import SIGNATURE
 from gateway.smtp.server import Rules
 
-from ..loops import on_both_loops
-from .test_listener import Bounds, Dialled, House, Inbox, Told, house, until
+from ..loops import on_both_loops, until
+from .test_listener import Bounds, Dialled, House, Inbox, Told, house
 from .test_proxy import ADDRESSES4, secured, tlv, v2
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)

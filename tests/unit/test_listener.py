@@ -23,7 +23,7 @@ from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.smtp.server import Rules
 
-from ..loops import on_both_loops
+from ..loops import on_both_loops, until
 
 OK = Reply(250, "2.0.0", "taken")
 
@@ -101,15 +101,6 @@ class Inbox:
     def ask(self, question: Question, checks: Sequence[str], answer: Callable[[Verdict], None]) -> None:
         self.asked.append(question)
         self.verdicts.append(answer)
-
-
-async def until(look: Callable[[], object]) -> None:
-    """Returns when ``look`` answers something true."""
-    for _ in range(1000):
-        if look():
-            return
-        await asyncio.sleep(0.01)
-    raise TimeoutError
 
 
 @dataclass

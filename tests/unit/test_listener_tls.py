@@ -24,8 +24,8 @@ from gateway.reply import Reply
 from gateway.smtp.server import TLSWanted
 
 from ..certificates import Certified, certified
-from ..loops import on_both_loops
-from .test_listener import OK, Bounds, Dialled, House, Inbox, fast, house, until
+from ..loops import on_both_loops, until
+from .test_listener import OK, Bounds, Dialled, House, Inbox, fast, house
 
 __all__ = ["fast"]
 

@@ -14,7 +14,8 @@ from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.smtp.server import AuthWanted, LoggedIn, LoginRefused, MailFinished, MailStarted, Refused, Rules, ServerSession
 
-from .test_listener import house, until
+from ..loops import until
+from .test_listener import house
 
 SECURE = TLS("TLSv1.3", "TLS_AES_256_GCM_SHA384", end_point=b"e" * 32)
 PLAIN = b"AUTH PLAIN " + base64.b64encode(b"\0alice\0wonder") + b"\r\n"

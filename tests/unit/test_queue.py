@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from gateway.contracts import Outcome, Pending, SpoolError
-from gateway.queue import EXPIRED, PROBE_LAST
+from gateway.contracts import Delivery, Outcome, Pending, SpoolError
+from gateway.queue import CATCH_UP, EXPIRED, PROBE_LAST
 from gateway.reply import Reply
 from gateway.route import Route
 
+from ..loops import until
 from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe
 
 
@@ -386,6 +387,77 @@ async def test_concurrency_is_never_exceeded_and_a_backlog_goes_in_order() -> No
         assert stage.spool.rows == {}
         assert len(order) == 200
         assert [int(name) for name in order[3:]] == sorted(int(name) for name in order[3:])
+
+
+class Timed(StagedSink):
+    """Remembers when each delivery began (loop time)."""
+
+    def __init__(self, name: str, at_once: Outcome | None = OK) -> None:
+        super().__init__(name, at_once)
+        self.begun: list[float] = []
+
+    def start(self, delivery: Delivery) -> None:
+        self.begun.append(asyncio.get_running_loop().time())
+        super().start(delivery)
+
+    def keeps(self, rate: float) -> bool:
+        """No span of time saw more than its share, what a lane may catch up with and one."""
+        begun = self.begun
+        return all(
+            last - first <= rate * (begun[last] - begun[first] + CATCH_UP) + 1.001
+            for first in range(len(begun))
+            for last in range(first, len(begun))
+        )
+
+
+async def test_a_backlog_keeps_the_rate() -> None:
+    sink = Timed("app", DOWN)
+    async with Stage(sink, concurrency=50, rate=200.0) as stage:
+        stage.spool.by_itself = True
+        for _ in range(60):
+            stage.send()
+        await breathe(20)
+        sink.begun.clear()
+        sink.at_once = OK
+        stage.queue.kick(probe=True)
+        await until(lambda: not stage.spool.rows)
+        assert len(sink.begun) == 60
+        assert sink.keeps(200.0)
+
+
+async def test_new_mail_keeps_the_rate_and_waits_its_turn() -> None:
+    sink = Timed("app")
+    async with Stage(sink, rate=100.0) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        assert len(sink.begun) == 1  # at once: the lane was idle
+        for _ in range(30):
+            stage.send()
+        await until(lambda: len(sink.begun) == 31 and not stage.spool.rows)
+        assert stage.codes == [250] * 31
+        assert sink.keeps(100.0)
+
+
+async def test_who_waits_for_the_sinks_own_word_keeps_the_rate_too() -> None:
+    sink = Timed("app")
+    async with Stage(sink, rate=100.0) as stage:
+        for _ in range(20):
+            stage.send(route=Route(("*",), ("app",), acknowledge="delivered"))
+        await until(lambda: len(stage.answers) == 20)
+        assert stage.codes == [250] * 20
+        assert sink.keeps(100.0)
+
+
+async def test_a_slow_rate_is_kept_while_the_sink_is_down() -> None:
+    sink = Timed("app", DOWN)
+    async with Stage(sink, rate=0.01) as stage:
+        stage.spool.by_itself = True
+        for _ in range(6):
+            stage.send()
+            stage.queue.kick(probe=True)
+            await breathe(20)
+        assert sink.keeps(0.01)
+        assert len(sink.begun) == 1
 
 
 async def test_priority_goes_first() -> None:

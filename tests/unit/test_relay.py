@@ -24,6 +24,7 @@ from gateway.message import INLINE_LIMIT, Client, Content, Envelope, Message, Pa
 from gateway.sinks import relay
 from gateway.sinks.relay import Host, LmtpSink, RelaySink
 
+from ..loops import until
 from ..servers import Upstream, free_port
 
 CONTENT = b"Subject: x\r\n\r\n.dot\r\n"
@@ -78,12 +79,6 @@ def begin(sink: RelaySink, sent: Message) -> asyncio.Future[Sequence[Outcome]]:
 
 async def carry(sink: RelaySink, sent: Message | None = None, patience: float = 10.0) -> Sequence[Outcome]:
     return await asyncio.wait_for(begin(sink, sent or message()), patience)
-
-
-async def until(look: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not look():  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.005)
 
 
 def states(outcomes: Sequence[Outcome]) -> list[str]:

@@ -21,7 +21,8 @@ from gateway.spool.engine import Engine
 from gateway.spool.files import Files
 from gateway.spool.records import SHIFT, VERSION
 from gateway.spool.sqlite import SqliteSpool
-from tests.crash.mail import TRACE, Events, Ticket, keep, large, mark, message, opened, pending, settle, store, until
+from tests.crash.mail import TRACE, Events, Ticket, keep, large, mark, message, opened, pending, settle, store
+from tests.loops import until
 
 
 def facts(mail: Message) -> tuple[Any, ...]:
