@@ -195,6 +195,7 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         mechanisms=mechanisms,
         senders=config.owners(listener),
         binarymime=binarymime,
+        requiretls=any(route.requiretls for route in table.routes),
         client_checks=config.checks_at("client"),
         sender_checks=config.checks_at("sender"),
         recipient_checks=frozenset(config.checks_at("recipient")),
@@ -428,7 +429,7 @@ class Gateway:
             self._spool,
             self._sinks,
             {
-                name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count)
+                name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
                 for name, sink in config.sinks.items()
             },
             retry=config.retry.delays,

@@ -172,6 +172,7 @@ def check(file: Path | None, as_json: bool) -> None:
 @click.option("--helo", default="client.example", show_default=True, metavar="NAME")
 @click.option("--user", metavar="NAME", help="As if this user had logged in.")
 @click.option("--tls/--clear", default=None, help="With TLS or without; as much as the listener demands unless said.")
+@click.option("--requiretls", is_flag=True, help="The mail asks for REQUIRETLS (RFC 8689); under TLS unless said.")
 @click.option("--listener", "address", metavar="ADDR", help="Which listener, if there are several; the first unless said.")
 @JSON
 def explain(
@@ -182,6 +183,7 @@ def explain(
     helo: str,
     user: str | None,
     tls: bool | None,
+    requiretls: bool,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -207,7 +209,9 @@ def explain(
         raise click.BadParameter(f"{listener.address} has no TLS.", param_hint="--tls")
     if tls is False and listener.tls == "implicit":
         raise click.BadParameter(f"{listener.address} has TLS from the first octet.", param_hint="--clear")
-    told = _explained(config, listener, ip, sender, recipient, helo, user, listener.tls in ("required", "implicit") if tls is None else tls)
+    if tls is None:
+        tls = listener.tls in ("required", "implicit") or (requiretls and listener.tls != "off")
+    told = _explained(config, listener, ip, sender, recipient, helo, user, tls, requiretls=requiretls)
     if as_json:
         _print_json(told)
     else:
@@ -674,7 +678,16 @@ def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
 
 
 def _explained(
-    config: Config, listener: ListenerConfig, ip: str, sender: str, recipient: str, helo: str, user: str | None, tls: bool
+    config: Config,
+    listener: ListenerConfig,
+    ip: str,
+    sender: str,
+    recipient: str,
+    helo: str,
+    user: str | None,
+    tls: bool,
+    *,
+    requiretls: bool = False,
 ) -> dict[str, Any]:
     """What a session of this listener says to this mail, and why."""
     from dataclasses import replace
@@ -721,6 +734,7 @@ def _explained(
         session.client = replace(session.client, user=user)
 
     utf8 = "" if sender.isascii() and recipient.isascii() else " SMTPUTF8"
+    wish = " REQUIRETLS" if requiretls else ""
     hello = f"{'LHLO' if listener.protocol == 'lmtp' else 'EHLO'} {helo}"
     if listener.tls == "implicit":
         secure()
@@ -731,7 +745,7 @@ def _explained(
             secure()
     for next_stage, line in (
         ("hello", hello),
-        ("mail", f"MAIL FROM:<{sender}>{utf8}"),
+        ("mail", f"MAIL FROM:<{sender}>{utf8}{wish}"),
         ("recipient", f"RCPT TO:<{recipient}>"),
     ):
         if reply.startswith("2"):
@@ -768,7 +782,7 @@ def _explained(
         "reply": reply,
         "stage": stage,
         "accepted": accepted,
-        "why": list(_reasons(config, routes, recipient, ip, user)) if unrouted else [],
+        "why": list(_reasons(config, routes, recipient, ip, user, requiretls)) if unrouted else [],
         "dialogue": dialogue[:-2] if accepted else dialogue,
     }
 
@@ -811,7 +825,7 @@ def _told_door(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
 
 
-def _reasons(config: Config, routes: Routes, recipient: str, ip: str, user: str | None) -> Iterator[str]:
+def _reasons(config: Config, routes: Routes, recipient: str, ip: str, user: str | None, requiretls: bool) -> Iterator[str]:
     """Why no route takes this recipient, as far as patterns and clients go."""
     from dataclasses import replace
 
@@ -831,6 +845,9 @@ def _reasons(config: Config, routes: Routes, recipient: str, ip: str, user: str 
             yield f"routes[{number}] fits, but not for clients at {ip}"
         elif found is ODD_LOCAL_PART:
             yield f"routes[{number}] fits, but does not relay local parts with %, ! or @ (odd_local_parts)"
+        elif requiretls and not route.requiretls:
+            unable = [name for name in route.sinks if not config.sinks[name].carries_requiretls]
+            yield f"routes[{number}] fits, but cannot promise TLS: see tls (a webhook's url) of {', '.join(unable)}"
 
 
 def _print_explained(told: dict[str, Any]) -> None:

@@ -587,6 +587,12 @@ class AnySink(Table):
     def relays(self) -> bool:
         return False
 
+    @property
+    def carries_requiretls(self) -> bool:
+        """Mail with REQUIRETLS can be left to it (RFC 8689): it is the end of the way, or the way on is
+        under TLS to a host that is known to be the right one. No, unless a kind of sink says so."""
+        return False
+
 
 class WebhookConfig(AnySink):
     """``type = "webhook"``: one POST a delivery.
@@ -603,6 +609,10 @@ class WebhookConfig(AnySink):
     previous_secret_file: FilePath | None = None
     headers: Annotated[dict[str, str], AfterValidator(_headers), Field(repr=False)] = {}
     client: Literal["pyreqwest", "aiohttp"] = "pyreqwest"
+
+    @property
+    def carries_requiretls(self) -> bool:
+        return keeps_secret(self.url)
 
 
 class Upstream(AnySink):
@@ -628,6 +638,10 @@ class Upstream(AnySink):
     def relays(self) -> bool:
         return True
 
+    @property
+    def carries_requiretls(self) -> bool:
+        return self.tls != "off"
+
     @classmethod
     def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         password = table.get("password") is not None or table.get("password_file") is not None
@@ -638,6 +652,18 @@ class Upstream(AnySink):
                 yield "username", f'tls = "{tls}" could send the password in clear; write tls = "verify" (or "required")'
         elif password:
             yield "password", "username is missing beside it"
+
+
+def keeps_secret(url: str) -> bool:
+    """Nobody on the way to this URL can read along: https (the certificate is always verified), or a
+    receiver on this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False
 
 
 def _stays_here(table: Mapping[str, Any]) -> bool:
@@ -680,6 +706,11 @@ class LmtpConfig(Upstream):
         if table.get("hosts") and table.get("address"):
             yield "hosts", "address is given as well; keep one of the two"
 
+    @property
+    def carries_requiretls(self) -> bool:
+        # A mail store behind a unix socket: LMTP ends there (RFC 2033 §1), and there is no wire.
+        return super().carries_requiretls or all(host.startswith("unix:") for host in self.hosts)
+
     @model_validator(mode="after")
     def _one_list(self) -> LmtpConfig:
         if self.address is not None and not self.hosts:
@@ -694,17 +725,29 @@ class FileConfig(AnySink):
     path: FilePath
     format: Literal["maildir"] = "maildir"
 
+    @property
+    def carries_requiretls(self) -> bool:
+        return True
+
 
 class StdoutConfig(AnySink):
     """``type = "stdout"``: the standard JSON on standard output, one line a delivery."""
 
     type: Literal["stdout"] = "stdout"
 
+    @property
+    def carries_requiretls(self) -> bool:
+        return True
+
 
 class DiscardConfig(AnySink):
     """``type = "discard"``: takes everything, keeps nothing."""
 
     type: Literal["discard"] = "discard"
+
+    @property
+    def carries_requiretls(self) -> bool:
+        return True
 
 
 class PythonConfig(AnySink):
@@ -714,6 +757,10 @@ class PythonConfig(AnySink):
 
     type: Literal["python"] = "python"
     function: Callable[[Message], Reply | Awaitable[Reply | None] | None]
+
+    @property
+    def carries_requiretls(self) -> bool:
+        return True
 
 
 def _without_extra(table: BaseModel, arguments: Iterable[tuple[str | None, Any]]) -> Iterator[tuple[str | None, Any]]:
@@ -1000,6 +1047,7 @@ class Config(Head):
                     fallback=route.fallback,
                     odd_local_parts=route.odd_local_parts,
                     relays=any(self.sinks[name].relays for name in route.carriers),
+                    requiretls=all(self.sinks[name].carries_requiretls for name in route.carriers),
                     checks=tuple(route.checks),
                 )
                 for route in self.routes

@@ -47,6 +47,11 @@ class Envelope:
         """SMTPUTF8 was asked for (RFC 6531)."""
         return "SMTPUTF8" in self.mail_params
 
+    @property
+    def requiretls(self) -> bool:
+        """REQUIRETLS was asked for: it travels only under TLS, between hosts that know each other (RFC 8689)."""
+        return "REQUIRETLS" in self.mail_params
+
 
 @dataclass(slots=True)
 class TLS:

@@ -52,12 +52,14 @@ NO_SUCH_SINK = "this sink is not in the configuration"
 @dataclass(slots=True)
 class LaneSettings:
     """``concurrency``: deliveries out at once. ``on_failure``: what becomes of a recipient that
-    failed for good or expired. ``rate``: deliveries begun in a second, 0 for any number."""
+    failed for good or expired. ``rate``: deliveries begun in a second, 0 for any number.
+    ``requiretls``: mail with REQUIRETLS can be left to the sink."""
 
     concurrency: int
     on_failure: Literal["bounce", "dead_letter"]
     relays: bool = False
     rate: float = 0.0
+    requiretls: bool = True
 
 
 class Waiting(Protocol):
@@ -388,7 +390,9 @@ class Queue:
         return [dead], []
 
     def _report(self, kind: bounce.Kind, message: Message, told: Sequence[tuple[Recipient, Outcome]], now: float) -> Row:
+        assert self._bounces is not None
         id = self._new_id(now)
+        redacted = message.envelope.requiretls and not self._lanes[self._bounces].settings.requiretls
         excerpt = b"".join(islice(message.stored.chunks(max(1, bounce.excerpt_size(message, kind))), 1))
         octets = bounce.report(
             kind,
@@ -398,17 +402,17 @@ class Queue:
             now=now,
             message_id=f"{id}@{self._hostname}",
             excerpt=excerpt[: bounce.excerpt_size(message, kind)],
+            redacted=redacted,
         )
         report = Message(
             id=id,
-            envelope=bounce.envelope(message, octets),
+            envelope=bounce.envelope(message, octets, redacted=redacted),
             stored=Content(octets, eight_bit=not octets.isascii(), header_size=octets.find(b"\r\n\r\n") + 2),
             client=Client(ip=None, helo=self._hostname, protocol="LOCAL"),
             received_at=now,
             expires_at=now + self.expire,
         )
         self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=message.envelope.mail_from, recipients=len(told))
-        assert self._bounces is not None
         return Row(report, [Pending(id, self._bounces, (0,), now, now + self.expire)])
 
     def follow_up(self, rows: Sequence[Row]) -> None:

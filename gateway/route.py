@@ -29,7 +29,8 @@ class Route:
     """One ``[[routes]]`` entry, ready for use.
 
     ``sinks``: names, each gets a copy. ``relays``: one of them is a mail server, which may
-    re-read local parts. ``clients``: None is everybody. ``checks``: names, in order.
+    re-read local parts. ``requiretls``: every one of them can carry mail with REQUIRETLS.
+    ``clients``: None is everybody. ``checks``: names, in order.
     ``acknowledge_timeout`` in seconds."""
 
     recipients: tuple[str, ...]
@@ -42,6 +43,7 @@ class Route:
     odd_local_parts: bool = False
     relays: bool = False
     checks: tuple[str, ...] = ()
+    requiretls: bool = False
 
     def admits(self, client: Client) -> bool:
         """May this client use the route? A client on a unix socket counts as loopback."""

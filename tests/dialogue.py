@@ -3,7 +3,7 @@
 One story a file. Its first line is ``# RFC section: reason``. Then settings, then steps::
 
     @set message_size=1000          a rule of the listener (see Settings); ``auth=offered`` brings USERS
-    @route *@app.example            replaces the default route; options: delivered, relay, from=10.0.0.0/8, login
+    @route *@app.example            replaces the default route; options: delivered, relay (in clear), from=10.0.0.0/8, login
     @answers 451 4.3.0 full         what the intake says to each finished message in turn (default 250)
     @here why                       this one is never run over a socket, and why
     @vary form lf-dot-lf FORM=\\n.\\n   a variant: {FORM} in the steps stands for it. Each label of a
@@ -98,7 +98,7 @@ class Settings:
     auth: Literal["off", "offered", "required"] = "off"
     auth_without_tls: bool = True
     senders: bool = False
-    routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
+    routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",), requiretls=True),)
 
     def rules(self) -> Rules:
         return Rules(
@@ -111,6 +111,7 @@ class Settings:
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,
             binarymime=self.binarymime,
+            requiretls=any(route.requiretls for route in self.routes),
             tls=self.tls,
             auth=self.auth,
             auth_without_tls=self.auth_without_tls,
@@ -273,6 +274,7 @@ def _case(name: str, steps: list[tuple[str, str]]) -> Case:
                     ("app",),
                     acknowledge="delivered" if "delivered" in options else "durable",
                     relays="relay" in options,
+                    requiretls="relay" not in options,
                     authenticated="login" in options,
                     clients=tuple(ip_network(word[5:]) for word in options if word.startswith("from=")) or None,
                 )

@@ -17,6 +17,12 @@ reply came, so nothing can be taken twice. Within that time the content may have
 an upstream took it and died before its first reply is possible, and is the lost reply of
 promise 2: trying at once or a minute later makes the same copy, and none of them is lost.
 
+REQUIRETLS (RFC 8689). Such mail leaves on connections whose TLS was begun with a certificate that
+is good for the host's name (``hosts`` are the operator's word), to a host that offers REQUIRETLS
+after it, whatever ``tls`` says of other mail; ``tls = "off"`` carries none. A host that cannot is no
+worse for other mail; where none of them can, the mail fails (5.7.10, 5.7.30), and where one could not be
+asked it waits. A mail store (LMTP) behind a unix socket is the end of the way and needs none of it.
+
 Deadlines. A delivery has ``timeout`` seconds in all, and a second more for every 64 KiB
 of content; within that every step has its own (RFC 5321 §4.5.3.2). While several hosts are
 left, one may use up only its share before the conversation stands. One timer looks after all
@@ -53,6 +59,8 @@ FAILED_FIRST, FAILED_LAST = 5.0, 60.0
 LINGER = 5.0
 #: Seconds without TLS toward a host whose handshake failed (``tls = "opportunistic"`` only).
 CLEAR = 300.0
+#: What mail with REQUIRETLS hears where the file says that there is no TLS.
+IN_CLEAR = Outcome("failed", Reply(550, "5.7.10", 'encryption needed: the message has REQUIRETLS, and the sink has tls = "off"'))
 
 
 class Host:
@@ -79,6 +87,10 @@ class Host:
         """What is sent there does not leave this machine."""
         return self.path is not None or self.name in ("localhost", "::1") or self.name.startswith("127.")
 
+    def final(self, lmtp: bool) -> bool:
+        """It is a mail store on this machine: the way of a mail ends there."""
+        return lmtp and self.path is not None
+
     def failed(self, now: float) -> None:
         if now >= self.until:
             self.delay = min(self.delay * 2, FAILED_LAST) or FAILED_FIRST
@@ -91,7 +103,7 @@ class Host:
 class Job:
     """One delivery on its way: what is still to be tried, and where it was tried."""
 
-    __slots__ = ("deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried")
+    __slots__ = ("deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried", "unfit", "unheard")
 
     def __init__(self, delivery: Delivery, deadline: float) -> None:
         self.delivery = delivery
@@ -102,6 +114,8 @@ class Job:
         self.down = True
         self.last: Reply | None = None
         self.remote = ""
+        self.unfit: Reply | None = None  # why the last host that cannot carry REQUIRETLS cannot
+        self.unheard = False  # a host could not be asked whether it can
 
     def mail(self) -> Mail:
         message = self.delivery.message
@@ -128,9 +142,11 @@ class Job:
 class Connection(asyncio.Protocol):
     """One connection to one host, with at most one job."""
 
-    def __init__(self, sink: RelaySink, host: Host, terms: Terms) -> None:
+    def __init__(self, sink: RelaySink, host: Host, terms: Terms, strict: bool = False) -> None:
+        """``strict``: TLS only with a certificate that is good for the host's name."""
         self.sink = sink
         self.host = host
+        self.strict = strict
         self.session = ClientSession(terms, host.label)
         self.transport: asyncio.Transport | None = None
         self.job: Job | None = None
@@ -247,7 +263,7 @@ class Connection(asyncio.Protocol):
         self.sink.finish(job, BROKEN)
 
     async def secure(self) -> None:
-        transport, context = self.transport, self.sink.context
+        transport, context = self.transport, self.sink.strict_context() if self.strict else self.sink.context
         assert transport is not None
         assert context is not None
         try:
@@ -259,18 +275,24 @@ class Connection(asyncio.Protocol):
                 ssl_handshake_timeout=max(self.setup_until - self.sink.now(), 0.001),
             )
         except (OSError, ssl.SSLError) as error:
+            if self.strict and isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+                self.lost(transport, self.session.unsafe(f"TLS handshake failed: {_reason(error)}"))
+                return
             event = self.session.stop(f"TLS handshake failed: {_reason(error)}")
-            if self.sink.opportunistic and isinstance(event, Unusable):
+            if not self.strict and self.sink.opportunistic and isinstance(event, Unusable):
                 # As good as a host without STARTTLS, and no reason to think less of it.
                 self.host.clear_until = self.sink.now() + CLEAR
                 event.stale = True
+            elif self.strict and isinstance(event, Unusable):
+                # Other mail may not need what failed here.
+                event.down = False
             self.lost(transport, event)
             return
         if secured is None or self.session.closing:
             self.lost(secured or transport, self.session.eof())
             return
         self.transport = secured
-        self.session.secured()
+        self.session.secured(verified=self.strict or self.sink.verifies)
         self.flush()
 
     # ------------------------------------------------------------------------- ends
@@ -337,6 +359,10 @@ class RelaySink:
         self.carries_binary = config.binarymime
         self.context = client_context(config.tls, config.ca_file)
         self.opportunistic = config.tls == "opportunistic"
+        self.verifies = config.tls == "verify"
+        self._ca_file = config.ca_file
+        self._strict = client_context("verify", config.ca_file) if config.ca_file is not None else None
+        self._concurrency = config.concurrency
         self.idle = config.idle
         self._timeout = config.timeout
         self._hosts = [Host(label) for label in config.hosts]
@@ -369,12 +395,42 @@ class RelaySink:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         job = Job(delivery, self.now() + self._timeout + delivery.message.stored.size // 65536)
+        envelope = delivery.message.envelope
+        if envelope.requiretls:
+            self._start_strict(job)
+            return
         while self._warm:
             connection = self._warm.pop()
             if connection.session.idle:
                 connection.carry(job)
                 return
         self._dial(job)
+
+    def _start_strict(self, job: Job) -> None:
+        envelope = job.delivery.message.envelope
+        if self._terms.tls == "off" and not all(host.final(self.lmtp) for host in self._hosts):
+            self.finish(job, IN_CLEAR)
+            return
+        for connection in reversed(self._warm):
+            if connection.session.idle and connection.session.fits(envelope.mail_from, envelope.mail_params):
+                self._warm.remove(connection)
+                connection.carry(job)
+                return
+        if self._warm and len(self._connections) >= self._concurrency:
+            # Room for a connection that will do.
+            unfit = self._warm.pop(0)
+            if unfit.session.idle:
+                unfit.session.quit()
+                unfit.flush()
+        self._dial(job)
+
+    def strict_context(self) -> ssl.SSLContext:
+        """For connections that must be to the right host, whatever ``tls`` says."""
+        if self._strict is None:
+            # Reading the machine's authorities takes long, and few sinks ever need them.
+            self._strict = self.context if self.verifies and self.context is not None else client_context("verify", self._ca_file)
+            assert self._strict is not None
+        return self._strict
 
     async def close(self) -> None:
         self._closed = True
@@ -446,10 +502,12 @@ class RelaySink:
             fit = [host for host in left if host.until <= now]
             host = min(fit, key=lambda host: host.connections) if fit else min(left, key=lambda host: host.until)
             until = now + (job.deadline - now) / len(left)
-            terms = replace(self._terms, clear_login=host.local)
-            if terms.tls == "opportunistic" and host.clear_until > now:
+            final = host.final(self.lmtp)
+            strict = job.delivery.message.envelope.requiretls and not final
+            terms = replace(self._terms, clear_login=host.local, final=final)
+            if terms.tls == "opportunistic" and host.clear_until > now and not strict:
                 terms = replace(terms, tls="off")
-            connection = Connection(self, host, terms)
+            connection = Connection(self, host, terms, strict)
             # Counted from now on: of many that connect at once each must see the others.
             host.connections += 1
             try:
@@ -470,6 +528,7 @@ class RelaySink:
 
     def _blame(self, job: Job, host: Host, reply: Reply, down: bool) -> None:
         host.failed(self.now())
+        job.unheard = True
         job.tried.add(host)
         job.last = reply
         job.remote = host.label
@@ -525,13 +584,18 @@ class RelaySink:
         if event.stale:
             # The connection is to blame, and a fresh one is never stale.
             job.last, job.remote = event.reply, host.label
+        elif event.unfit:
+            job.unfit, job.remote, job.down = event.reply, host.label, False
+            job.tried.add(host)
         else:
             self._blame(job, host, event.reply, event.down)
         self._dial(job)
 
     def finish(self, job: Job, outcome: Outcome | None) -> None:
         """Settle; what was not decided is ``outcome``, or why no host was of use."""
-        if outcome is None and None in job.outcomes:
+        if outcome is None and job.unfit is not None and not job.unheard and len(job.tried) == len(self._hosts):
+            outcome = Outcome("failed", job.unfit, job.remote)
+        elif outcome is None and None in job.outcomes:
             reply = job.last or Reply(451, "4.4.1", "no host answered in time")
             outcome = Outcome("deferred", reply, job.remote, down=job.down)
         job.delivery.settle([decided or cast(Outcome, outcome) for decided in job.outcomes])

@@ -43,6 +43,9 @@ FAILED = {400: "5.6.0", 406: "5.6.1", 413: "5.3.4", 415: "5.6.1", 422: "5.6.0"}
 #: Characters of an answer's text that go into a reply.
 TEXT = 200
 
+#: The file was changed since this mail was taken: its URL is in clear now (RFC 8689 §4.2.1).
+IN_CLEAR = Outcome("failed", Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and the webhook is not https"))
+
 _TEXTUAL = re.compile(r"text/plain|application/(?:[a-z0-9.+-]*\+)?json")
 _ENHANCED = re.compile(r"[245]\.\d{1,3}\.\d{1,3} ")
 
@@ -53,6 +56,7 @@ class WebhookSink(AsyncSink):
     def __init__(self, name: str, config: WebhookConfig, hostname: str) -> None:
         super().__init__(name)
         self._url = config.url
+        self._carries_requiretls = config.carries_requiretls
         self._timeout = config.timeout
         self._remote = shown(config.url)
         self._format = format_named(config.format)
@@ -62,6 +66,8 @@ class WebhookSink(AsyncSink):
         self._threads = Threads(f"webhook-{name}", THREADS)
 
     async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
+        if delivery.message.envelope.requiretls and not self._carries_requiretls:
+            return [IN_CLEAR] * len(delivery.recipients)
         deadline = asyncio.get_running_loop().time() + self._timeout
         try:
             if delivery.message.stored.size > INLINE:

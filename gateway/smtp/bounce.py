@@ -12,6 +12,10 @@ that carry nothing else. Words of upstreams and clients are fields here, so no t
 gets in with a line break or another control in it (Reply refuses them, the rest is
 cleaned below).
 
+A report on mail with REQUIRETLS holds the header of the original at most, and asks for REQUIRETLS
+itself; where it must go a way that cannot promise TLS it is *redacted*: nothing of the original
+is in it, and it asks for nothing (RFC 8689 §5).
+
 A report for the null sender is never made (RFC 5321 §4.5.5): ValueError.
 """
 
@@ -87,6 +91,7 @@ def report(
     now: float,
     message_id: str,
     excerpt: bytes | None = None,
+    redacted: bool = False,
 ) -> bytes:
     """One report to the sender of ``message`` on these recipients.
 
@@ -94,7 +99,7 @@ def report(
     4yz reply is told as expired (status 4.4.7). ``now``: Unix seconds. ``message_id``: of the
     report, without the brackets (``id@host``). ``excerpt``: the first ``excerpt_size`` octets
     of the content; None takes them from a content in memory, and leaves the original out
-    for one in a file. Raises ValueError for the null sender and for no results.
+    for one in a file. ``redacted``: nothing of the original (see the module). Raises ValueError for the null sender and for no results.
 
     Carry the result with ``envelope``."""
     sender = message.envelope.mail_from
@@ -104,6 +109,8 @@ def report(
         raise ValueError(f"report on message {message.id} without recipients")
     if excerpt is None and message.stored.path is None:
         excerpt = message.content[: excerpt_size(message, kind)]
+    if redacted:
+        excerpt = None
     # Only a sender with a UTF-8 address is known to read mail with UTF-8 in its header.
     international = not sender.isascii()
     date = date_header(now)
@@ -135,7 +142,7 @@ def report(
     return head + opening + b"".join(b"\r\n--%b\r\n%b" % (boundary, part) for part in parts) + b"\r\n--%b--\r\n" % boundary
 
 
-def envelope(message: Message, octets: bytes) -> Envelope:
+def envelope(message: Message, octets: bytes, *, redacted: bool = False) -> Envelope:
     """How the report ``octets`` on ``message`` travels: from nobody to its sender."""
     sender = message.envelope.mail_from
     params: Params = {}
@@ -143,6 +150,8 @@ def envelope(message: Message, octets: bytes) -> Envelope:
         params["BODY"] = "8BITMIME"
     if not sender.isascii():
         params["SMTPUTF8"] = None
+    if message.envelope.requiretls and not redacted:
+        params["REQUIRETLS"] = None
     local, _, domain = sender.rpartition("@")
     # NEVER: nobody wants to hear of a report that did not arrive (RFC 3461 §6.1).
     return Envelope("", params, [Recipient(sender, local, domain.lower(), {"NOTIFY": "NEVER"})])
@@ -200,10 +209,10 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
 
 
 def _returns_all(message: Message, kind: Kind) -> bool:
-    """RET=FULL counts for failures only (RFC 3461 §4.3). Without RET the choice is ours: whole,
+    """RET=FULL counts for failures only (RFC 3461 §4.3), and not with REQUIRETLS (RFC 8689 §5). Without RET the choice is ours: whole,
     unless that would make the report 8-bit."""
     wish = (message.envelope.mail_params.get("RET") or "").upper()
-    if kind != "failed" or wish == "HDRS" or message.envelope.binary:
+    if kind != "failed" or wish == "HDRS" or message.envelope.binary or message.envelope.requiretls:
         return False
     if len(message.trace) + message.stored.size > RETURN_LIMIT:
         return False

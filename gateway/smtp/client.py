@@ -41,7 +41,8 @@ class Terms:
     ``required`` and ``verify`` refuse to go on without it (the certificate is judged by who does
     the handshake). ``username`` and ``password`` are sent only under TLS, unless ``clear_login``.
     ``pipelining`` and ``chunking``: use them where they are offered. ``binarymime``: BINARYMIME
-    content may go to this upstream."""
+    content may go to this upstream. ``final``: it is the end of the way, on this machine: REQUIRETLS
+    asks for nothing more."""
 
     hostname: str
     lmtp: bool = False
@@ -52,6 +53,7 @@ class Terms:
     pipelining: bool = True
     chunking: bool = True
     binarymime: bool = False
+    final: bool = False
 
 
 @dataclass(slots=True)
@@ -82,11 +84,13 @@ class Unusable:
     """This conversation does not carry the mail, and may not have begun to: it can go to another
     host at once. ``reply`` is a 4yz that says why. ``down``: other mail would fare alike.
     ``stale``: the connection had served before and had ended, or was at its end, when this mail
-    came to it: no sign against the host."""
+    came to it: no sign against the host. ``unfit``: the host is well, but the mail has REQUIRETLS and
+    the host cannot carry that; ``reply`` is a 5yz then, for where no other host can (RFC 8689 §4.2.1)."""
 
     reply: Reply
     down: bool
     stale: bool
+    unfit: bool = False
 
 
 @dataclass(slots=True)
@@ -118,6 +122,9 @@ _NO_BINARYMIME = Reply(554, "5.6.1", "the next hop does not carry binary content
 _TOO_LARGE = Reply(552, "5.3.4", "the message is larger than the next hop takes")
 _BAD_SENDER = Reply(501, "5.1.7", "the sender's address cannot be put on a line")
 _BAD_RECIPIENT = Reply(501, "5.1.3", "the address cannot be put on a line")
+_NOT_SECRET = Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and there is no TLS with this host")
+_NOT_VERIFIED = Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and the certificate of this host was not verified")
+_NO_REQUIRETLS = Reply(550, "5.7.30", "REQUIRETLS support required: this host does not offer it")
 #: Operators' faults that a server tells at MAIL: TLS or a login is missing or too weak (RFC 4954 §6).
 _LOGIN_CODES = frozenset((530, 534, 535, 538))
 
@@ -157,6 +164,7 @@ class ClientSession:
         "_tls_refused",
         "_todo",
         "_verdicts",
+        "_verified",
         "closing",
         "mail_limit",
         "recipient_limit",
@@ -180,6 +188,7 @@ class ClientSession:
         self._ready = False
         self._tls = False
         self._tls_refused = False
+        self._verified = False
         self._shaking = False
         self._login: list[bytes] | None = None
         self._pipelining = False
@@ -261,16 +270,26 @@ class ClientSession:
         if last:
             self._streaming = False
 
-    def secured(self) -> None:
-        """The handshake is done: greet anew (RFC 3207 §4.2, what was learned before is void)."""
+    def secured(self, verified: bool = False) -> None:
+        """The handshake is done: greet anew (RFC 3207 §4.2, what was learned before is void).
+        ``verified``: the certificate was, and it is that of the host we mean."""
         self._shaking = False
         self._tls = True
+        self._verified = verified
         self._replies = ReplyReceiver()
         self._hello()
 
     def eof(self) -> Event | None:
         """The upstream closed, or the connection was lost."""
         return self._broken("connection lost", Reply(451, "4.4.2", "connection lost"))
+
+    def unsafe(self, reason: str) -> Event | None:
+        """The handshake showed that mail with REQUIRETLS is not for this host: ``reason`` is our word."""
+        return self._unfit(Reply.untrusted(550, f"5.7.10 encryption needed: {reason}"), polite=False)
+
+    def fits(self, mail_from: str, params: Params) -> bool:
+        """This conversation, which stands, can carry mail of this kind."""
+        return "REQUIRETLS" not in params or self._misfit(mail_from) is None
 
     def stop(self, reason: str) -> Event | None:
         """A deadline has passed, or the handshake failed: ``reason`` is our word, not theirs."""
@@ -350,6 +369,8 @@ class ClientSession:
             if "STARTTLS" in offers and not self._tls_refused:
                 self._say(_STARTTLS, b"STARTTLS\r\n")
                 return None
+            if self._demanding:
+                return self._unfit(_NOT_SECRET)
             if terms.tls != "opportunistic":
                 return self._leave(Reply(451, "4.7.0", "TLS is required and the upstream does not offer it"))
         if terms.username is not None and self._login is None:
@@ -367,10 +388,35 @@ class ClientSession:
         if code == 220:
             self._shaking = True
             return TLSWanted()
+        if self._demanding:
+            # "Not now" (454) is no word on what this host can do.
+            return self._turned_away("STARTTLS", code, lines) if code < 500 else self._unfit(_NOT_SECRET)
         if self._terms.tls == "opportunistic" and code >= 400:
             self._tls_refused = True
             return self._settle_in()
         return self._turned_away("STARTTLS", code, lines)
+
+    @property
+    def _demanding(self) -> bool:
+        """The mail that waits must not leave without TLS."""
+        return self._mail is not None and "REQUIRETLS" in self._mail.params and not self._terms.final
+
+    def _misfit(self, mail_from: str) -> Reply | None:
+        """Why mail with REQUIRETLS cannot be carried here, None if it can."""
+        if self._terms.final:
+            return None
+        if not self._tls:
+            return _NOT_SECRET
+        if not self._verified:
+            return _NOT_VERIFIED
+        # A bounce is not lost for want of the offer (RFC 8689 §5).
+        return None if "REQUIRETLS" in self._offers or not mail_from else _NO_REQUIRETLS
+
+    def _unfit(self, reply: Reply, polite: bool = True) -> Event | None:
+        event = self._leave(reply, polite)
+        if isinstance(event, Unusable):
+            event.down, event.unfit = False, True
+        return event
 
     def _injected(self) -> Event | None:
         self._replies.discard()
@@ -402,6 +448,9 @@ class ClientSession:
 
     def _start(self, mail: Mail, cautious: bool) -> Event | None:
         offers = self._offers
+        misfit = self._misfit(mail.mail_from) if "REQUIRETLS" in mail.params else None
+        if misfit is not None:
+            return self._unfit(misfit)
         refusal = self._cannot_carry(mail)
         if refusal is not None:
             return self._finish_all(Outcome("failed", refusal, self.remote))
@@ -415,6 +464,8 @@ class ClientSession:
             words.append("BODY=8BITMIME" if mail.eight_bit or params["BODY"] != "7BIT" else "BODY=7BIT")
         if "SMTPUTF8" in offers and _international(mail):
             words.append("SMTPUTF8")
+        if "REQUIRETLS" in params and "REQUIRETLS" in offers and self._verified:
+            words.append("REQUIRETLS")
         if self._dsn:
             words.extend(f"{key}={params[key]}" for key in ("RET", "ENVID") if params.get(key))
         line = " ".join(words)

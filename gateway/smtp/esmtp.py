@@ -4,7 +4,7 @@ Owns the grammar of the values; the keywords were taken apart by the parser. Dec
 nothing: None is well, a Reply refuses. Keywords come in upper case.
 
 SIZE RFC 1870, BODY RFC 6152 and RFC 3030, SMTPUTF8 RFC 6531, RET ENVID NOTIFY ORCPT RFC 3461
-(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5.
+(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5, REQUIRETLS RFC 8689 §2.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 _SIZE_DIGITS = 20
 
 
-def mail_parameters(params: Params, limit: int, binary: bool, auth: bool = False) -> Reply | None:
-    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered; ``auth``: AUTH is."""
+def mail_parameters(params: Params, limit: int, binary: bool, auth: bool = False, requiretls: bool = False) -> Reply | None:
+    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered; ``auth``, ``requiretls``: so
+    are these."""
     for keyword, value in params.items():
-        judge = _auth if auth and keyword == "AUTH" else _MAIL.get(keyword)
+        judge = _MAIL.get(keyword)
+        if (keyword == "AUTH" and not auth) or (keyword == "REQUIRETLS" and not requiretls):
+            judge = None
         if judge is None:
             return replies.PARAMETER_UNKNOWN
         refusal = judge(value, limit, binary)
@@ -67,6 +70,10 @@ def _smtputf8(value: str | None, limit: int, binary: bool) -> Reply | None:
     return None if value is None else replies.BAD_SMTPUTF8
 
 
+def _requiretls(value: str | None, limit: int, binary: bool) -> Reply | None:
+    return None if value is None else replies.BAD_REQUIRETLS
+
+
 def _ret(value: str | None, limit: int, binary: bool) -> Reply | None:
     return None if (value or "").upper() in ("FULL", "HDRS") else replies.BAD_RET
 
@@ -97,4 +104,6 @@ _MAIL: dict[str, Callable[[str | None, int, bool], Reply | None]] = {
     "SMTPUTF8": _smtputf8,
     "RET": _ret,
     "ENVID": _envid,
+    "AUTH": _auth,
+    "REQUIRETLS": _requiretls,
 }

@@ -23,7 +23,8 @@ class Rules:
     """What a listener asks of its sessions. Shared by them, replaced whole on reload;
     only ``shortage`` changes in place.
 
-    ``message_size`` in octets. ``binarymime``: every route's sink carries it. ``client_checks``,
+    ``message_size`` in octets. ``binarymime``: every route's sink carries it; ``requiretls``: those
+    of some route do, and clients under TLS may ask for it. ``client_checks``,
     ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
     names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
     it, and with a 421 every new connection. ``mechanisms``: those of AUTH, the best first;
@@ -43,6 +44,7 @@ class Rules:
     mechanisms: tuple[str, ...] = ()
     senders: Senders | None = None
     binarymime: bool = True
+    requiretls: bool = False
     client_checks: tuple[str, ...] = ()
     sender_checks: tuple[str, ...] = ()
     recipient_checks: frozenset[str] = frozenset()

@@ -47,7 +47,10 @@ def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction |
     if not command.ascii and "SMTPUTF8" not in params and not (command.address or "").isascii():
         return replies.UTF8_SENDER
     if params:
-        refusal = mail_parameters(params, rules.message_size, rules.binarymime, may_log_in(rules, client))
+        requiretls = may_require_tls(rules, client)
+        if "REQUIRETLS" in params and not requiretls and rules.requiretls and rules.tls == "starttls":
+            return replies.REQUIRETLS_IN_CLEAR
+        refusal = mail_parameters(params, rules.message_size, rules.binarymime, may_log_in(rules, client), requiretls)
         if refusal is not None:
             return refusal
     if rules.senders is not None:
@@ -68,6 +71,11 @@ def starttls(rules: Rules, client: Client, transaction: Transaction | None, comm
 def may_log_in(rules: Rules, client: Client) -> bool:
     """AUTH is offered to this client: never in clear unless the listener says so."""
     return rules.auth != "off" and (client.tls is not None or rules.auth_without_tls)
+
+
+def may_require_tls(rules: Rules, client: Client) -> bool:
+    """REQUIRETLS is offered to this client: only under TLS (RFC 8689 §2)."""
+    return rules.requiretls and client.tls is not None
 
 
 def auth(rules: Rules, client: Client, esmtp: bool, transaction: Transaction | None, command: Command) -> Reply | None:
@@ -107,6 +115,8 @@ def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route
     if len(routes) >= rules.recipients:
         return replies.TOO_MANY_RECIPIENTS
     route = rules.routes.find(command.local, command.domain, transaction.client)
+    if isinstance(route, Route) and not route.requiretls and transaction.envelope.requiretls:
+        return replies.NO_REQUIRETLS
     if isinstance(route, Reply) or not routes or route is routes[0] or _same_promise(route, routes[0]):
         return route
     return replies.OTHER_PROMISE

@@ -59,6 +59,7 @@ BAD_SIZE: Final = Reply(501, "5.5.4", "SIZE wants a number of octets below 2^63"
 BAD_BODY: Final = Reply(501, "5.5.4", "BODY is 7BIT, 8BITMIME or BINARYMIME")
 BINARY_NOT_OFFERED: Final = Reply(555, "5.5.4", "BINARYMIME is not offered here")
 BAD_SMTPUTF8: Final = Reply(501, "5.5.4", "SMTPUTF8 takes no value")
+BAD_REQUIRETLS: Final = Reply(501, "5.5.4", "REQUIRETLS takes no value")
 BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
 BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
 BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
@@ -81,6 +82,7 @@ IN_TRANSACTION: Final = Reply(503, "5.5.1", "not within a transaction, say RSET 
 TURNED_AWAY: Final = Reply(503, "5.5.1", "you were refused, say QUIT")
 TLS_ALREADY: Final = Reply(554, "5.5.1", "TLS is active already")
 TLS_NEEDED: Final = Reply(530, "5.7.0", "say STARTTLS first")
+REQUIRETLS_IN_CLEAR: Final = Reply(530, "5.7.10", "REQUIRETLS wants TLS, say STARTTLS first")
 AUTH_NEEDED: Final = Reply(530, "5.7.0", "authentication required")
 
 # ------------------------------------------------------------------------ AUTH
@@ -98,6 +100,8 @@ TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 
 TOO_MANY_RECIPIENTS: Final = Reply(452, "4.5.3", "too many recipients, send the rest in another transaction")
 OTHER_PROMISE: Final = Reply(452, "4.5.3", "recipient is acknowledged otherwise than the first, send it in another transaction")
+
+NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the way on from here cannot promise TLS")
 
 # ------------------------------------------------------------------------ content
 
@@ -144,9 +148,11 @@ def offer(
     starttls: bool = False,
     xclient: bool = False,
     mechanisms: tuple[str, ...] = (),
+    requiretls: bool = False,
 ) -> bytes:
     """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
-    is trusted to speak for others. ``mechanisms``: those of AUTH that it may use now."""
+    is trusted to speak for others. ``mechanisms``: those of AUTH that it may use now. ``requiretls``:
+    it speaks TLS, and there are ways on that keep it."""
     lines = [
         hostname,
         "PIPELINING",
@@ -157,6 +163,7 @@ def offer(
         "CHUNKING",
         *(["BINARYMIME"] if binarymime else []),
         "DSN",
+        *(["REQUIRETLS"] if requiretls else []),
         *(["STARTTLS"] if starttls else []),
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",

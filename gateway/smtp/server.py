@@ -11,7 +11,7 @@ were cut. Nothing is judged by a count that an owed answer may still reset: the 
 for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
-3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS),
+3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS), 8689 (REQUIRETLS),
 4954 (AUTH; the mechanisms stand in ``auth.py``). XCLIENT and XFORWARD: Postfix.
 """
 
@@ -259,7 +259,11 @@ class ServerSession(Conversation):
             starttls = clear and rules.tls in ("starttls", "required")
             speaker = self._trusted and not (clear and rules.tls == "required")
             mechanisms = self._mechanisms()
-            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker, mechanisms))
+            requiretls = judge.may_require_tls(rules, self.client)
+            offer = replies.offer(
+                rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker, mechanisms, requiretls
+            )
+            self._say(offer)
         else:
             self._say(replies.greeted(rules.hostname).wire)
 

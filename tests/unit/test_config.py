@@ -189,8 +189,9 @@ def test_the_table_is_what_the_file_says(tmp_path: Path) -> None:
             acknowledge_timeout=2.0,
             fallback="refuse",
             checks=("policy",),
+            requiretls=True,
         ),
-        Route(recipients=("*",), sinks=("out",), clients=(ip_network("127.0.0.1/32"),), odd_local_parts=True, relays=True),
+        Route(recipients=("*",), sinks=("out",), clients=(ip_network("127.0.0.1/32"),), odd_local_parts=True, relays=True, requiretls=True),
     )
     assert table.hostname == "mx.example.net"
     assert (config.checks_at("client"), config.checks_at("recipient")) == (("early",), ("policy",))
