@@ -194,6 +194,8 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         auth_without_tls=listener.auth_without_tls,
         mechanisms=mechanisms,
         senders=config.owners(listener),
+        certificates=config.client_certificates,
+        certificate_identity=listener.certificate_identity,
         binarymime=binarymime,
         requiretls=any(route.requiretls for route in table.routes),
         client_checks=config.checks_at("client"),
@@ -520,7 +522,7 @@ class Gateway:
         nothing, where it differs in what only a restart can change."""
         config, old = self._composed(given), self.config
         differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
-        fixed = sorted(differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders"})
+        fixed = sorted(differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders", "client_certificates"})
         if [(one.address, one.mode) for one in old.listeners] != [(one.address, one.mode) for one in config.listeners]:
             fixed.append("listeners")
         if old.limits.memory != config.limits.memory:

@@ -172,6 +172,9 @@ def check(file: Path | None, as_json: bool) -> None:
 @click.option("--helo", default="client.example", show_default=True, metavar="NAME")
 @click.option("--user", metavar="NAME", help="As if this user had logged in.")
 @click.option("--tls/--clear", default=None, help="With TLS or without; as much as the listener demands unless said.")
+@click.option(
+    "--certificate", metavar="NAME", help="The client shows this certificate (a name as in [client_certificates]); under TLS unless said."
+)
 @click.option("--requiretls", is_flag=True, help="The mail asks for REQUIRETLS (RFC 8689); under TLS unless said.")
 @click.option("--listener", "address", metavar="ADDR", help="Which listener, if there are several; the first unless said.")
 @JSON
@@ -183,6 +186,7 @@ def explain(
     helo: str,
     user: str | None,
     tls: bool | None,
+    certificate: str | None,
     requiretls: bool,
     address: str | None,
     as_json: bool,
@@ -192,6 +196,8 @@ def explain(
     Says the mail to a real session of the listener, up to DATA. Checks are named but not asked.
     """
     from ipaddress import ip_address
+
+    from .config import certificate_name
 
     for hint, value in (("--from", sender), ("--to", recipient), ("--helo", helo)):
         if not value.isprintable():
@@ -210,8 +216,17 @@ def explain(
     if tls is False and listener.tls == "implicit":
         raise click.BadParameter(f"{listener.address} has TLS from the first octet.", param_hint="--clear")
     if tls is None:
-        tls = listener.tls in ("required", "implicit") or (requiretls and listener.tls != "off")
-    told = _explained(config, listener, ip, sender, recipient, helo, user, tls, requiretls=requiretls)
+        tls = listener.tls in ("required", "implicit") or ((requiretls or certificate is not None) and listener.tls != "off")
+    if certificate is not None:
+        try:
+            certificate = certificate_name(certificate)
+        except ValueError as error:
+            raise click.BadParameter(f"{certificate!r} {error}.", param_hint="--certificate") from None
+        if listener.client_ca is None:
+            raise click.BadParameter(f"{listener.address} has no client_ca: it asks for none.", param_hint="--certificate")
+        if not tls or user is not None:
+            raise click.UsageError("A certificate is shown under TLS, and says itself who the client is: leave out --clear and --user.")
+    told = _explained(config, listener, ip, sender, recipient, helo, user, tls, certificate=certificate, requiretls=requiretls)
     if as_json:
         _print_json(told)
     else:
@@ -687,6 +702,7 @@ def _explained(
     user: str | None,
     tls: bool,
     *,
+    certificate: str | None = None,
     requiretls: bool = False,
 ) -> dict[str, Any]:
     """What a session of this listener says to this mail, and why."""
@@ -729,13 +745,16 @@ def _explained(
         return lines[-1] if lines else ""
 
     def secure() -> None:
-        session.secured(TLS("", ""))
-        # Whoever logs in does so under TLS.
-        session.client = replace(session.client, user=user)
+        session.secured(TLS("", "", certificate, names=() if certificate is None else (certificate,)))
+        if certificate is None:
+            # Whoever logs in does so under TLS.
+            session.client = replace(session.client, user=user)
 
     utf8 = "" if sender.isascii() and recipient.isascii() else " SMTPUTF8"
     wish = " REQUIRETLS" if requiretls else ""
     hello = f"{'LHLO' if listener.protocol == 'lmtp' else 'EHLO'} {helo}"
+    known = certificate in config.client_certificates and listener.certificate_identity != "off"
+    login = known and listener.certificate_identity == "external"
     if listener.tls == "implicit":
         secure()
     reply, stage = say(None), "connect"
@@ -745,6 +764,7 @@ def _explained(
             secure()
     for next_stage, line in (
         ("hello", hello),
+        *([("auth", "AUTH EXTERNAL =")] if login else []),
         ("mail", f"MAIL FROM:<{sender}>{utf8}{wish}"),
         ("recipient", f"RCPT TO:<{recipient}>"),
     ):
@@ -772,9 +792,10 @@ def _explained(
         "to": recipient,
         "auth": {
             "listener": listener.auth,
-            "mechanisms": list(rules.mechanisms) if listener.auth != "off" else [],
+            "mechanisms": [*(["EXTERNAL"] if known else []), *rules.mechanisms] if listener.auth != "off" else [],
             "without_tls": listener.auth_without_tls,
-            "user": user,
+            "user": session.client.user,
+            "certificate": certificate,
         },
         "checks": checks,
         "route": None if route is None else {"number": numbers[0], "recipients": list(route.recipients), "acknowledge": route.acknowledge},
@@ -782,7 +803,7 @@ def _explained(
         "reply": reply,
         "stage": stage,
         "accepted": accepted,
-        "why": list(_reasons(config, routes, recipient, ip, user, requiretls)) if unrouted else [],
+        "why": list(_reasons(config, routes, recipient, ip, session.client.user, requiretls)) if unrouted else [],
         "dialogue": dialogue[:-2] if accepted else dialogue,
     }
 
@@ -881,10 +902,14 @@ def _tls_shown(tls: dict[str, Any]) -> str:
 
 def _login(auth: dict[str, Any]) -> str:
     """How one may log in here, and as whom this client did."""
+    user = "not logged in" if auth["user"] is None else f"as {auth['user']}"
+    if auth["certificate"] is not None:
+        user += f" ({auth['certificate']} {'stands for nobody here' if auth['user'] is None else 'says so'})"
     if auth["listener"] == "off":
+        if auth["certificate"] is not None:
+            return f"off, {user}"
         return "off" + ("" if auth["user"] is None else f"; nobody could be {auth['user']} here")
     where = "" if auth["without_tls"] else " under TLS"
-    user = "not logged in" if auth["user"] is None else f"as {auth['user']}"
     return f"{auth['listener']}{where} ({' '.join(auth['mechanisms']) or 'no mechanism'}), {user}"
 
 

@@ -328,6 +328,41 @@ def _hashes(value: object) -> object:
     return texts
 
 
+def certificate_name(text: str) -> str:
+    """A name of a client certificate as ``TLS.names`` has it. Raises ValueError."""
+    kind, colon, value = text.partition(":")
+    match kind.lower() if colon else "":
+        case "sha256":
+            fingerprint = value.replace(":", "").lower()
+            if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+                raise ValueError("is no fingerprint: SHA-256 has 64 hexadecimal digits")
+            return f"sha256:{fingerprint}"
+        case "dns" if value:
+            return f"DNS:{value.lower()}"
+        case "email" if value:
+            return f"email:{value}"
+        case "uri" if value:
+            return f"URI:{value}"
+    if not re.match(r"[A-Za-z][A-Za-z0-9-]*=", text):
+        raise ValueError('is no name of a certificate; write "sha256:…", "DNS:…", "email:…", "URI:…" or a subject like "CN=app,O=Example"')
+    return text
+
+
+def _certificate_users(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    users: dict[object, object] = {}
+    for text, user in value.items():
+        try:
+            name = certificate_name(text) if isinstance(text, str) else text
+        except ValueError as error:
+            raise ValueError(f"{text!r} {error}") from None
+        if name in users:
+            raise ValueError(f"{text!r} stands here twice, spelt differently")
+        users[name] = user
+    return users
+
+
 class Reserve(BaseModel):
     """Room that must stay free: a ``share`` (0…1) of octets and of inodes, or ``octets``."""
 
@@ -373,6 +408,8 @@ Url = Annotated[str, AfterValidator(_url)]
 Secret = Annotated[Annotated[str, Field(min_length=1)] | None, Field(repr=False)]
 SigningSecret = Annotated[Annotated[str, AfterValidator(_signing_secret)] | None, Field(repr=False)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+#: Users by the names of their certificates, as ``TLS.names`` has those.
+CertificateUsers = Annotated[dict[str, str], BeforeValidator(_certificate_users)]
 #: One hash, or a hash and SCRAM keys.
 Hashes = Annotated[list[str], BeforeValidator(_hashes)]
 
@@ -446,7 +483,8 @@ class ListenerConfig(Table):
 
     ``certificate`` with ``key``, else the first of ``certificates``, is for clients that ask for no
     name we have. ``client_ca``: whose client certificates are asked for; with
-    ``client_certificate = "required"`` there is no TLS without one."""
+    ``client_certificate = "required"`` there is no TLS without one. ``certificate_identity``: one that
+    ``[client_certificates]`` names stands for its user: once the client said AUTH EXTERNAL, or at once."""
 
     address: ListenAddress
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
@@ -456,6 +494,7 @@ class ListenerConfig(Table):
     certificates: list[CertificateConfig] = []
     client_ca: ExistingFile | None = None
     client_certificate: Literal["optional", "required"] = "optional"
+    certificate_identity: Literal["off", "external", "implied"] = "off"
     auth: Literal["off", "offered", "required"] = "off"
     mode: Annotated[str, AfterValidator(_mode)] = "0660"
     greet_delay: Annotated[Duration, Field(le=60.0)] = 0.0
@@ -477,6 +516,14 @@ class ListenerConfig(Table):
             yield "client_ca", 'tls is off; write tls = "required" (or "starttls", or "implicit")'
         if table.get("client_certificate", "optional") != "optional" and table.get("client_ca") is None:
             yield "client_certificate", "client_ca is missing: it says whose certificates are good"
+        identity = table.get("certificate_identity", "off")
+        if identity != "off" and table.get("client_ca") is None:
+            yield "certificate_identity", "client_ca is missing: it says whose certificates are good"
+        if identity == "external" and table.get("auth", "off") == "off":
+            yield (
+                "certificate_identity",
+                'AUTH EXTERNAL is an AUTH; write auth = "offered" (or "required"), or certificate_identity = "implied"',
+            )
         if table.get("auth", "off") != "off" and not tls and not table.get("auth_without_tls"):
             yield "auth", 'is never offered in clear, and tls is "off"; write tls = "required", or auth_without_tls = true'
 
@@ -909,6 +956,7 @@ class Head(Table):
     users: Annotated[dict[str, Hashes], Field(repr=False)] = {}
     users_file: Annotated[FilePath, AfterValidator(_users_file)] | None = None
     senders: dict[str, list[Pattern]] = {}
+    client_certificates: CertificateUsers = {}
 
     @classmethod
     def prepare(cls, table: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -1230,7 +1278,7 @@ class _Reading:
             parts[key] = {name: self._typed(key, models, entry, (key, name)) for name, entry in named.items()}
         plain = {key: tree[key] for key in Head.model_fields if key in tree}
         head = self._table(Head, plain, ())
-        logins = {key: tree.get(key) for key in ("users", "users_file", "senders")}
+        logins = {key: tree.get(key) for key in ("users", "users_file", "senders", "client_certificates")}
         if parts.get("authentication") is None:
             # Its own faults are told already.
             logins["unread_authentication"] = tree.get("authentication")
@@ -1492,12 +1540,18 @@ def _login_faults(parts: Mapping[str, Any]) -> Iterator[Fault]:
         for name in named if isinstance(named, Mapping) else ():
             if not (key == "senders" and name == "*") and (fault := passwords.name_fault(name)) is not None:
                 yield (key, name), f"the name {fault}"
+    certified = parts.get("client_certificates")
+    for name, user in certified.items() if isinstance(certified, Mapping) else ():
+        if isinstance(user, str) and (fault := passwords.name_fault(user)) is not None:
+            yield ("client_certificates", name), f"the user's name {fault}"
     authentication: Authentication | None = parts.get("authentication")
     somebody = parts.get("users") or parts.get("users_file") or parts.get("unread_authentication")
     if authentication is not None:
         somebody = somebody or authentication.url or authentication.jwks_url
     for number, listener in _numbered(parts["listeners"]):
-        if listener.auth != "off" and not somebody:
+        if listener.certificate_identity != "off" and not certified:
+            yield ("listeners", number, "certificate_identity"), "no certificate stands for anybody: write a table [client_certificates]"
+        if listener.auth != "off" and not somebody and listener.certificate_identity == "off":
             yield (
                 ("listeners", number, "auth"),
                 "nobody can log in: there are no [users], no users_file and no [authentication] with url or jwks_url",
@@ -1527,7 +1581,10 @@ def _everybody(clients: Sequence[Network] | None) -> bool:
 
 
 def _login_warnings(config: Config) -> Iterator[Fault]:
+    certified = any(listener.certificate_identity != "off" for listener in config.listeners)
     logins = any(listener.auth != "off" for listener in config.listeners)
+    if config.client_certificates and not certified:
+        yield ("client_certificates",), "no listener has certificate_identity: no certificate stands for anybody"
     for number, listener in enumerate(config.listeners):
         if listener.protocol == "submission" and listener.auth != "required":
             yield ("listeners", number, "auth"), 'RFC 6409 wants submission to be authenticated; write auth = "required"'
@@ -1535,7 +1592,7 @@ def _login_warnings(config: Config) -> Iterator[Fault]:
             yield ("listeners", number, "auth_without_tls"), "passwords travel in clear; keep it to loopback"
     if (config.users or config.users_file) and not logins:
         yield ("users" if config.users else "users_file",), "no listener has auth: nobody can ever log in"
-    if config.senders and not logins:
+    if config.senders and not (logins or certified):
         yield ("senders",), "no listener has auth: nobody is ever held to this"
     if config.users_file is not None and config.users_file.exists() and config.users_file.stat().st_mode & 0o004:
         yield ("users_file",), "everybody on this machine can read it; chmod o-r"
@@ -1567,7 +1624,7 @@ def _warnings(config: Config) -> list[Fault]:
             found.append((("routes", number), f"is never reached: routes[{final}] takes every recipient from every client"))
         elif "*" in route.recipients and not route.authenticated and _everybody(route.clients):
             final = number
-        if route.authenticated and all(listener.auth == "off" for listener in config.listeners):
+        if route.authenticated and all(listener.auth == listener.certificate_identity == "off" for listener in config.listeners):
             found.append((("routes", number, "authenticated"), "no listener has auth: no client can ever use this route"))
         for index, name in enumerate(route.checks):
             if not {"recipient", "content"} & set(config.checks[name].stages):

@@ -57,12 +57,15 @@ class Envelope:
 class TLS:
     """``version`` as OpenSSL names it (``TLSv1.3``), ``cipher`` likewise; ``peer``: the
     subject of a client certificate that was verified, None if there was none. ``end_point``:
-    what a login can be bound to (tls-server-end-point, RFC 5929 §4), None if there is nothing."""
+    what a login can be bound to (tls-server-end-point, RFC 5929 §4), None if there is nothing.
+    ``names``: what that certificate can be called in ``[client_certificates]``, the surest first; only
+    of a handshake that was our own."""
 
     version: str
     cipher: str
     peer: str | None = None
     end_point: bytes | None = field(default=None, repr=False, compare=False)
+    names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(slots=True)

@@ -69,6 +69,7 @@ FOLDER = Path(__file__).parent / "transcripts"
 HOSTNAME = "mx.example.net"
 #: What the handshake came to, where there is no socket.
 SECURED = TLS("TLSv1.3", "TLS_AES_256_GCM_SHA384")
+CERTIFIED = TLS("TLSv1.3", "TLS_AES_256_GCM_SHA384", "CN=alice", names=("DNS:alice.example", "CN=alice"))
 ACCEPTED = Reply(250, "2.0.0", "accepted")
 #: Who may log in where a dialogue has ``@set auth=…``: SCRAM with the example of RFC 7677, too.
 USERS = {
@@ -79,6 +80,8 @@ USERS = {
 ACCOUNTS = {name: account([read_stored(text) for text in texts]) for name, texts in USERS.items()}
 MECHANISMS: list[Any] = ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
 WANTED = frozenset(MECHANISMS)
+#: Whose client certificate ``@tls`` shows where a dialogue has ``@set certificate_identity=…``.
+CERTIFICATES = {"DNS:alice.example": "alice"}
 SENDERS = {"alice": ["alice@app.example", "*@lists.example"], "*": ["noreply@app.example"]}
 
 
@@ -98,6 +101,7 @@ class Settings:
     auth: Literal["off", "offered", "required"] = "off"
     auth_without_tls: bool = True
     senders: bool = False
+    certificate_identity: Literal["off", "external", "implied"] = "off"  # @tls shows a certificate of alice's
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",), requiretls=True),)
 
     def rules(self) -> Rules:
@@ -111,6 +115,8 @@ class Settings:
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,
             binarymime=self.binarymime,
+            certificates=CERTIFICATES,
+            certificate_identity=self.certificate_identity,
             requiretls=any(route.requiretls for route in self.routes),
             tls=self.tls,
             auth=self.auth,
@@ -378,7 +384,8 @@ class Driver:
     def shake(self) -> None:
         """The client begins TLS, and it comes about."""
         assert self.session.awaiting in ("handshake", "greeting"), f"TLS while {self.session.awaiting} is awaited"
-        self.session.secured(SECURED)
+        shown = CERTIFIED if self.session.rules.certificate_identity != "off" else SECURED
+        self.session.secured(shown)
         self._turn([])
 
     def feed(self, data: bytes) -> None:
@@ -572,10 +579,11 @@ def run_live(
     cut: Cut = whole,
     timeout: float = 30.0,
     accepted: Callable[[], list[Mail]] | None = None,
+    certificate: Path | None = None,
 ) -> None:
     """The same over a socket, against a server that is set up as ``case.settings`` say: the same
     replies, word for word. ``accepted`` gives the messages that arrived, in order; without it
-    nobody asks. Octets that must arrive together are sent by one call."""
+    nobody asks. ``certificate``: the client's, with its key. Octets that must arrive together are sent by one call."""
     assert not case.only_here, f"{case.name} is not for a socket: {case.only_here}"
     with ExitStack() as stack:
         connection: socket.socket = stack.enter_context(socket.create_connection((host, port), timeout))
@@ -585,7 +593,7 @@ def run_live(
             closed = False
             if group.handshake:
                 assert not wire, f"{case.name}: said in clear before TLS: {wire!r}"
-                connection = stack.enter_context(_secured(connection))
+                connection = stack.enter_context(_secured(connection, certificate))
             try:
                 for piece in cut(number, group):
                     connection.sendall(piece)
@@ -613,10 +621,12 @@ def run_live(
         assert accepted() == case.accepted, case.name
 
 
-def _secured(connection: socket.socket) -> ssl.SSLSocket:
+def _secured(connection: socket.socket, certificate: Path | None) -> ssl.SSLSocket:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    if certificate is not None:
+        context.load_cert_chain(certificate)
     return context.wrap_socket(connection)
 
 

@@ -16,6 +16,7 @@ RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2); RFC 8446 §6.1 for the end.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import ssl
 from collections.abc import Mapping
@@ -152,7 +153,9 @@ class SecureTransport(asyncio.Protocol):
         cipher = tls.cipher()
         # The context may be another than that of the beginning, by the name that the client asked for.
         bound = tls.context.end_point if isinstance(tls.context, BoundContext) else None
-        suite = TLS(tls.version() or "", cipher[0] if cipher else "", subject(tls.getpeercert()), bound)
+        shown = tls.getpeercert()
+        names = names_of_client(shown, tls.getpeercert(binary_form=True) or b"") if shown else ()
+        suite = TLS(tls.version() or "", cipher[0] if cipher else "", subject(shown), bound, names)
         self._above.secured(suite, more or self._incoming.pending > 0)
         return True
 
@@ -267,6 +270,20 @@ def subject(certificate: Mapping[str, Any] | None) -> str | None:
     for kind, value in certificate.get("subjectAltName", ()):
         return f"{kind}:{_escaped(value)}"
     return ""
+
+
+def names_of_client(certificate: Mapping[str, Any], der: bytes) -> tuple[str, ...]:
+    """What a verified certificate can be called, the surest first: ``sha256:`` and the fingerprint in hexadecimal,
+    its alternative names (``DNS:``, ``email:``, ``URI:``), its subject as ``subject`` tells it."""
+    names = [f"sha256:{hashlib.sha256(der).hexdigest()}"]
+    for kind, value in certificate.get("subjectAltName", ()):
+        if kind == "DNS":
+            names.append(f"DNS:{value.lower()}")
+        elif kind in ("email", "URI"):
+            names.append(f"{kind}:{value}")
+    if certificate.get("subject"):
+        names.append(subject(certificate) or "")
+    return tuple(names)
 
 
 def _escaped(value: str) -> str:

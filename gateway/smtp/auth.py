@@ -1,6 +1,6 @@
 """SASL mechanisms of the server as values: responses in, challenges and claims out.
 
-Owns the grammar of PLAIN, LOGIN, SCRAM-SHA-256 (with and without channel binding),
+Owns the grammar of EXTERNAL, PLAIN, LOGIN, SCRAM-SHA-256 (with and without channel binding),
 OAUTHBEARER and XOAUTH2. Knows no user: what a client claims leaves as a ``Login``, and what
 is true of it comes back as a ``Judgement``. Knows no base64 line and no reply code but those
 that refuse a message which is none; nonces and keys are handed in.
@@ -9,7 +9,7 @@ Invariants: ``respond`` and ``judged`` never raise, whatever the client sent. A 
 control characters and at most 255 octets when it leaves here. Nothing is compared but in
 constant time.
 
-RFC 4422 (SASL), RFC 4616 (PLAIN), RFC 5802 and RFC 7677 (SCRAM), RFC 5929 §4
+RFC 4422 (SASL; appendix A: EXTERNAL), RFC 4616 (PLAIN), RFC 5802 and RFC 7677 (SCRAM), RFC 5929 §4
 (tls-server-end-point), RFC 7628 (OAUTHBEARER), RFC 4954 §4 (the exchange in SMTP);
 LOGIN and XOAUTH2 have no RFC and are taken as they are met.
 """
@@ -36,6 +36,8 @@ RESPONSE_LIMIT: Final = 12288
 BINDING: Final = "tls-server-end-point"
 PLUS: Final = "SCRAM-SHA-256-PLUS"
 SCRAM: Final = "SCRAM-SHA-256"
+#: Not among MECHANISMS: not the users make it possible, but a client's certificate.
+EXTERNAL: Final = "EXTERNAL"
 
 REFUSED: Final = Reply(535, "5.7.8", "authentication credentials invalid")
 MALFORMED: Final = Reply(501, "5.5.2", "this is no message of the mechanism")
@@ -84,17 +86,21 @@ def decoded(text: bytes | str) -> bytes | None:
         return None
 
 
-def offered(mechanisms: Sequence[str], end_point: bytes | None) -> tuple[str, ...]:
-    """Those that this connection can have: ``-PLUS`` wants a TLS channel that can be bound to."""
-    return tuple(name for name in mechanisms if name != PLUS or end_point is not None)
+def offered(mechanisms: Sequence[str], end_point: bytes | None, certified: str | None = None) -> tuple[str, ...]:
+    """Those that this connection can have: ``-PLUS`` wants a TLS channel that can be bound to, EXTERNAL a
+    client whose certificate stands for somebody (``certified``)."""
+    usual = tuple(name for name in mechanisms if name != PLUS or end_point is not None)
+    return usual if certified is None else (EXTERNAL, *usual)
 
 
-def mechanism(name: str, mechanisms: Sequence[str], end_point: bytes | None) -> Mechanism | None:
+def mechanism(name: str, mechanisms: Sequence[str], end_point: bytes | None, certified: str | None = None) -> Mechanism | None:
     """The mechanism by its name in any case; None if it is not among those that are offered."""
     name = name.upper()
-    offers = offered(mechanisms, end_point)
+    offers = offered(mechanisms, end_point, certified)
     if name not in offers:
         return None
+    if name == EXTERNAL and certified is not None:
+        return External(certified)
     if name == PLUS:
         return ScramPlus(end_point or b"")
     if name == SCRAM:
@@ -119,6 +125,29 @@ def _password(octets: bytes) -> str | None:
     except ValueError:
         return None
     return text if text and "\0" not in text else None
+
+
+class External(Mechanism):
+    """RFC 4422 appendix A: TLS has said who it is. The client may name whom it wants to be, and that can only
+    be the same."""
+
+    name = EXTERNAL
+
+    def __init__(self, identity: str) -> None:
+        super().__init__()
+        self.user = identity
+
+    def respond(self, response: bytes | None) -> Step:
+        if response is None:
+            return b""
+        if response:
+            wanted = _name(response)
+            if wanted is None:
+                return BAD_NAME
+            if wanted != self.user:
+                # Nobody acts for somebody else here.
+                return REFUSED
+        return Granted(self.user)
 
 
 class Plain(Mechanism):

@@ -6,7 +6,8 @@ drives it carries them out in their order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..contracts import Login, Question, Transaction
@@ -28,7 +29,9 @@ class Rules:
     ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
     names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
     it, and with a 421 every new connection. ``mechanisms``: those of AUTH, the best first;
-    ``auth_without_tls``: also in clear. ``senders``: who may send as whom, None: anybody."""
+    ``auth_without_tls``: also in clear. ``senders``: who may send as whom, None: anybody.
+    ``certificates``: users by a name of their client certificate (``TLS.names``); who has one is that user
+    at once (``certificate_identity = "implied"``), or once it said AUTH EXTERNAL."""
 
     hostname: str
     routes: Routes
@@ -43,6 +46,8 @@ class Rules:
     auth_without_tls: bool = False
     mechanisms: tuple[str, ...] = ()
     senders: Senders | None = None
+    certificates: Mapping[str, str] = field(default_factory=dict)
+    certificate_identity: Literal["off", "external", "implied"] = "off"
     binarymime: bool = True
     requiretls: bool = False
     client_checks: tuple[str, ...] = ()
@@ -137,7 +142,7 @@ class LoginRefused(Refused):
 
 @dataclass(slots=True)
 class LoggedIn:
-    """235 was said: from now on the client is this user."""
+    """From now on the client is this user: 235 was said, or (``mechanism`` is ``certificate``) its certificate says so."""
 
     mechanism: str
     user: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .._parser import Command, Receiver
 from ..contracts import Transaction
-from ..message import Client, Recipient
+from ..message import TLS, Client, Recipient
 from ..reply import Reply
 from ..route import Route
 from . import replies
@@ -78,8 +78,15 @@ def may_require_tls(rules: Rules, client: Client) -> bool:
     return rules.requiretls and client.tls is not None
 
 
+def certified(rules: Rules, tls: TLS) -> str | None:
+    """The user for whom this client's certificate stands, where the operator says that it may for any."""
+    if rules.certificate_identity == "off":
+        return None
+    return next((rules.certificates[name] for name in tls.names if name in rules.certificates), None)
+
+
 def auth(rules: Rules, client: Client, esmtp: bool, transaction: Transaction | None, command: Command) -> Reply | None:
-    """``esmtp``: EHLO (LHLO) was said."""
+    """``esmtp``: EHLO (LHLO) was said. ``client.user`` is who logged in before."""
     if transaction is not None:
         return replies.IN_TRANSACTION
     if rules.auth == "off":

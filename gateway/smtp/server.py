@@ -85,6 +85,7 @@ class ServerSession(Conversation):
 
     __slots__ = (
         "_begun",
+        "_certified",
         "_chunk_last",
         "_chunk_left",
         "_chunk_refusal",
@@ -94,8 +95,10 @@ class ServerSession(Conversation):
         "_failures",
         "_forwarded",
         "_greeted",
+        "_implied",
         "_number",
         "_route",
+        "_spoken_for",
         "_spurned",
         "_transaction",
         "_trusted",
@@ -110,6 +113,9 @@ class ServerSession(Conversation):
         self._greeted = False  # HELO, EHLO or LHLO was said
         self._exchange: auth.Mechanism | None = None  # of the AUTH that is under way
         self._failures = 0  # logins that failed
+        self._certified: str | None = None  # the user for whom the client's certificate stands
+        self._implied = False  # the client is that user without having logged in
+        self._spoken_for = False  # XCLIENT was said: the certificate is not the client's
         self._number = 0
         self._transaction: Transaction | None = None
         self._begun = False  # MailStarted was said, and neither its end nor its abort
@@ -188,7 +194,12 @@ class ServerSession(Conversation):
     def secured(self, tls: TLS) -> None:
         """The handshake is over, after ``secure`` or, with implicit TLS, before ``start``. Whatever
         the client said in clear is forgotten (RFC 3207 §4.2); its offences still count."""
-        self.client = replace(self.client, helo="", protocol="SMTP", user=None, tls=tls)
+        rules = self.rules
+        self._certified = None if self._spoken_for else judge.certified(rules, tls)
+        self._implied = self._certified is not None and rules.certificate_identity == "implied"
+        self.client = replace(self.client, helo="", protocol="SMTP", user=self._certified if self._implied else None, tls=tls)
+        if self._implied and self._certified is not None:
+            self._events.append(LoggedIn("certificate", self._certified))
         if self._state != HANDSHAKE:
             return
         self._receiver.discard()
@@ -272,13 +283,13 @@ class ServerSession(Conversation):
             self._fault("command", replies.LMTP_ONLY if self.rules.protocol == "lmtp" else replies.SMTP_ONLY)
 
     def _protocol(self, utf8: bool) -> str:
-        """The ``with`` keyword of Received (RFC 3848, RFC 6531 §4.3)."""
+        """The ``with`` keyword of Received (RFC 3848, RFC 6531 §4.3); an A says that AUTH was used."""
         if self._lockstep:
             return "SMTP"
         kind = "LMTP" if self.rules.protocol == "lmtp" else "SMTP"
         name = f"UTF8{kind}" if utf8 else "LMTP" if kind == "LMTP" else "ESMTP"
         client = self.client
-        return f"{name}{'S' if client.tls is not None else ''}{'A' if client.user is not None else ''}"
+        return f"{name}{'S' if client.tls is not None else ''}{'A' if client.user is not None and not self._implied else ''}"
 
     def _noop(self, command: Command) -> None:
         self._junk(_OK)
@@ -327,6 +338,8 @@ class ServerSession(Conversation):
         self._reset()
         self._facts = None
         self.client = xclient.changed(self.client, told)
+        self._spoken_for = True
+        self._certified, self._implied = None, False
         self._greeted = bool(self.client.helo)
         self._lockstep = False
         self._events.append(ClientNamed(self.client, told.get("NAME") or ""))
@@ -351,7 +364,7 @@ class ServerSession(Conversation):
         """Those that this client may use now."""
         if not judge.may_log_in(self.rules, self.client):
             return ()
-        return auth.offered(self.rules.mechanisms, self._end_point())
+        return auth.offered(self.rules.mechanisms, self._end_point(), self._certified)
 
     def _end_point(self) -> bytes | None:
         tls = self.client.tls
@@ -360,12 +373,14 @@ class ServerSession(Conversation):
     def _auth(self, command: Command) -> None:
         if not self._ends_group():
             return
-        refusal = judge.auth(self.rules, self.client, self._greeted and not self._lockstep, self._transaction, command)
+        # Who is somebody by a certificate alone may still log in, as anybody.
+        client = replace(self.client, user=None) if self._implied else self.client
+        refusal = judge.auth(self.rules, client, self._greeted and not self._lockstep, self._transaction, command)
         if refusal is not None:
             self._fault("auth" if self.rules.auth != "off" else "command", refusal)
             return
         name, blank, initial = command.argument.partition(" ")
-        self._exchange = auth.mechanism(name, self.rules.mechanisms, self._end_point())
+        self._exchange = auth.mechanism(name, self.rules.mechanisms, self._end_point(), self._certified)
         if self._exchange is None:
             self._fault("auth", replies.AUTH_MECHANISM)
         elif blank:
@@ -421,6 +436,7 @@ class ServerSession(Conversation):
             else:
                 self._fault("auth", step)
         else:
+            self._implied = False
             client = replace(self.client, user=step.identity)
             self.client = client
             self.client = replace(client, protocol=self._protocol(utf8=False))

@@ -36,7 +36,21 @@ from gateway.config import (
 from gateway.observe import Telemetry
 from gateway.smtp.lockout import Lockout
 
-from ..dialogue import HOSTNAME, MECHANISMS, SENDERS, USERS, Case, Mail, Settings, at_random, byte_by_byte, cases, run_live, whole
+from ..dialogue import (
+    CERTIFICATES,
+    HOSTNAME,
+    MECHANISMS,
+    SENDERS,
+    USERS,
+    Case,
+    Mail,
+    Settings,
+    at_random,
+    byte_by_byte,
+    cases,
+    run_live,
+    whole,
+)
 from ..servers import PATIENCE, Upstream, wait_until, without_trace
 
 CASES = [case for case in cases() if not case.only_here]
@@ -67,6 +81,7 @@ class House:
         self.telemetry = Noticing()
         self._upstream = Upstream()
         self._settings = settings
+        self._certificate: Path | None = None
         self._folder = folder
         self._port: Future[int] = Future()
         self._over = asyncio.Event()
@@ -101,6 +116,12 @@ class House:
             certified = {"certificate": self._folder / "certificate.pem", "key": self._folder / "key.pem"}
             pair.cert_chain_pems[0].write_to_path(certified["certificate"])
             pair.private_key_pem.write_to_path(certified["key"])
+        if settings.certificate_identity != "off":
+            certified |= {"client_ca": self._folder / "ca.pem", "certificate_identity": settings.certificate_identity}
+            authority = trustme.CA()
+            authority.cert_pem.write_to_path(certified["client_ca"])
+            self._certificate = self._folder / "alice.pem"
+            authority.issue_cert("alice.example").private_key_and_cert_chain_pem.write_to_path(str(self._certificate))
         limits |= {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in limits}
         return Config(
             hostname=HOSTNAME,
@@ -119,6 +140,7 @@ class House:
             ],
             users=USERS,
             senders=SENDERS if settings.senders else {},
+            client_certificates=CERTIFICATES,
             authentication=Authentication(mechanisms=MECHANISMS),
             # Some dialogues want smaller limits than an operator may set.
             limits=Limits.model_construct(**limits),
@@ -170,7 +192,7 @@ class House:
             ]
             return self.mails + relayed
 
-        run_live(self.worded(case), "127.0.0.1", self.port, cut, accepted=accepted)
+        run_live(self.worded(case), "127.0.0.1", self.port, cut, accepted=accepted, certificate=self._certificate)
         assert not self.telemetry.bugs, self.telemetry.bugs
 
     @staticmethod

@@ -725,7 +725,13 @@ def test_explain_tells_of_logins(file: Path) -> None:
     asked = ("--client", "192.0.2.1", "--to", "b@app.example", "--json")
     told = json.loads(run("explain", "-c", file, *asked, "--from", "a@client.example", code=1).stdout)
     assert (told["reply"], told["stage"]) == ("530 5.7.0 authentication required", "mail")
-    assert told["auth"] == {"listener": "required", "mechanisms": ["PLAIN", "LOGIN"], "without_tls": True, "user": None}
+    assert told["auth"] == {
+        "listener": "required",
+        "mechanisms": ["PLAIN", "LOGIN"],
+        "without_tls": True,
+        "user": None,
+        "certificate": None,
+    }
     told = json.loads(run("explain", "-c", file, *asked, "--from", "b@client.example", "--user", "alice", code=1).stdout)
     assert told["reply"] == "553 5.7.1 Sender address rejected: not owned by user alice"
     shown = run("explain", "-c", file, *asked[:-1], "--from", "a@client.example", "--user", "alice").stdout
