@@ -667,7 +667,8 @@ class Upstream(AnySink):
 
     ``tls``: ``opportunistic`` takes STARTTLS where it is offered, whatever the certificate;
     ``required`` defers without it; ``verify`` wants a certificate that fits the host as well.
-    ``idle``: seconds that an unused connection is kept."""
+    ``idle``: seconds that an unused connection is kept. ``requiretls``: mail with REQUIRETLS is taken for
+    it, as far as ``tls`` allows; false: it is known that it does not offer that."""
 
     tls: Literal["off", "opportunistic", "required", "verify"] = "opportunistic"
     ca_file: ExistingFile | None = None
@@ -676,6 +677,7 @@ class Upstream(AnySink):
     password_file: FilePath | None = None
     pipelining: bool = True
     binarymime: bool = False
+    requiretls: bool = True
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 20
     timeout: Deadline = 300.0
     idle: Duration = 60.0
@@ -687,7 +689,7 @@ class Upstream(AnySink):
 
     @property
     def carries_requiretls(self) -> bool:
-        return self.tls != "off"
+        return self.requiretls and self.tls != "off"
 
     @classmethod
     def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -756,7 +758,7 @@ class LmtpConfig(Upstream):
     @property
     def carries_requiretls(self) -> bool:
         # A mail store behind a unix socket: LMTP ends there (RFC 2033 §1), and there is no wire.
-        return super().carries_requiretls or all(host.startswith("unix:") for host in self.hosts)
+        return self.requiretls and (self.tls != "off" or all(host.startswith("unix:") for host in self.hosts))
 
     @model_validator(mode="after")
     def _one_list(self) -> LmtpConfig:

@@ -59,8 +59,8 @@ FAILED_FIRST, FAILED_LAST = 5.0, 60.0
 LINGER = 5.0
 #: Seconds without TLS toward a host whose handshake failed (``tls = "opportunistic"`` only).
 CLEAR = 300.0
-#: What mail with REQUIRETLS hears where the file says that there is no TLS.
-IN_CLEAR = Outcome("failed", Reply(550, "5.7.10", 'encryption needed: the message has REQUIRETLS, and the sink has tls = "off"'))
+#: What mail with REQUIRETLS hears where the file was changed since: it says now that these hosts cannot.
+NOT_HERE = Outcome("failed", Reply(550, "5.7.30", "REQUIRETLS support required: the sink has none"))
 
 
 class Host:
@@ -360,6 +360,7 @@ class RelaySink:
         self.context = client_context(config.tls, config.ca_file)
         self.opportunistic = config.tls == "opportunistic"
         self.verifies = config.tls == "verify"
+        self._carries_requiretls = config.carries_requiretls
         self._ca_file = config.ca_file
         self._strict = client_context("verify", config.ca_file) if config.ca_file is not None else None
         self._concurrency = config.concurrency
@@ -408,8 +409,8 @@ class RelaySink:
 
     def _start_strict(self, job: Job) -> None:
         envelope = job.delivery.message.envelope
-        if self._terms.tls == "off" and not all(host.final(self.lmtp) for host in self._hosts):
-            self.finish(job, IN_CLEAR)
+        if not self._carries_requiretls:
+            self.finish(job, NOT_HERE)
             return
         for connection in reversed(self._warm):
             if connection.session.idle and connection.session.fits(envelope.mail_from, envelope.mail_params):

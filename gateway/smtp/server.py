@@ -85,7 +85,6 @@ class ServerSession(Conversation):
 
     __slots__ = (
         "_begun",
-        "_certified",
         "_chunk_last",
         "_chunk_left",
         "_chunk_refusal",
@@ -113,8 +112,7 @@ class ServerSession(Conversation):
         self._greeted = False  # HELO, EHLO or LHLO was said
         self._exchange: auth.Mechanism | None = None  # of the AUTH that is under way
         self._failures = 0  # logins that failed
-        self._certified: str | None = None  # the user for whom the client's certificate stands
-        self._implied = False  # the client is that user without having logged in
+        self._implied = False  # the client is who its certificate stands for, without having logged in
         self._spoken_for = False  # XCLIENT was said: the certificate is not the client's
         self._number = 0
         self._transaction: Transaction | None = None
@@ -194,12 +192,12 @@ class ServerSession(Conversation):
     def secured(self, tls: TLS) -> None:
         """The handshake is over, after ``secure`` or, with implicit TLS, before ``start``. Whatever
         the client said in clear is forgotten (RFC 3207 §4.2); its offences still count."""
-        rules = self.rules
-        self._certified = None if self._spoken_for else judge.certified(rules, tls)
-        self._implied = self._certified is not None and rules.certificate_identity == "implied"
-        self.client = replace(self.client, helo="", protocol="SMTP", user=self._certified if self._implied else None, tls=tls)
-        if self._implied and self._certified is not None:
-            self._events.append(LoggedIn("certificate", self._certified))
+        self.client = replace(self.client, helo="", protocol="SMTP", user=None, tls=tls)
+        user = self._certified()
+        self._implied = user is not None and self.rules.certificate_identity == "implied"
+        if user is not None and self._implied:
+            self.client = replace(self.client, user=user)
+            self._events.append(LoggedIn("certificate", user))
         if self._state != HANDSHAKE:
             return
         self._receiver.discard()
@@ -339,7 +337,7 @@ class ServerSession(Conversation):
         self._facts = None
         self.client = xclient.changed(self.client, told)
         self._spoken_for = True
-        self._certified, self._implied = None, False
+        self._implied = False
         self._greeted = bool(self.client.helo)
         self._lockstep = False
         self._events.append(ClientNamed(self.client, told.get("NAME") or ""))
@@ -364,7 +362,12 @@ class ServerSession(Conversation):
         """Those that this client may use now."""
         if not judge.may_log_in(self.rules, self.client):
             return ()
-        return auth.offered(self.rules.mechanisms, self._end_point(), self._certified)
+        return auth.offered(self.rules.mechanisms, self._end_point(), self._certified())
+
+    def _certified(self) -> str | None:
+        """The user for whom the client's certificate stands."""
+        tls = self.client.tls
+        return None if tls is None or self._spoken_for else judge.certified(self.rules, tls)
 
     def _end_point(self) -> bytes | None:
         tls = self.client.tls
@@ -380,7 +383,7 @@ class ServerSession(Conversation):
             self._fault("auth" if self.rules.auth != "off" else "command", refusal)
             return
         name, blank, initial = command.argument.partition(" ")
-        self._exchange = auth.mechanism(name, self.rules.mechanisms, self._end_point(), self._certified)
+        self._exchange = auth.mechanism(name, self.rules.mechanisms, self._end_point(), self._certified())
         if self._exchange is None:
             self._fault("auth", replies.AUTH_MECHANISM)
         elif blank:

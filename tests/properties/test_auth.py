@@ -49,7 +49,7 @@ RESPONSES = st.one_of(
 )
 COMMANDS = st.builds(
     lambda name, initial: b"AUTH " + name + (b"" if initial is None else b" " + initial),
-    st.one_of(st.sampled_from([name.encode() for name in MECHANISMS]), st.sampled_from([b"plain", b"X", b""])),
+    st.one_of(st.sampled_from([name.encode() for name in MECHANISMS]), st.sampled_from([b"EXTERNAL", b"plain", b"X", b""])),
     st.one_of(st.none(), RESPONSES),
 )
 LINES = st.lists(st.one_of(COMMANDS, RESPONSES, RESPONSES), max_size=10)
@@ -57,8 +57,10 @@ LINES = st.lists(st.one_of(COMMANDS, RESPONSES, RESPONSES), max_size=10)
 
 def play(lines: list[bytes], cut: int) -> tuple[list[list[str]], list[str], bool]:
     """The replies to these lines, who got in, and whether the session went on to the end."""
-    rules = Rules(HOSTNAME, ROUTES, auth="required", mechanisms=MECHANISMS)
-    client = Client("192.0.2.1", tls=TLS("TLSv1.3", "x", end_point=b"e" * 32))
+    rules = Rules(
+        HOSTNAME, ROUTES, auth="required", mechanisms=MECHANISMS, certificates={"CN=alice": "alice"}, certificate_identity="external"
+    )
+    client = Client("192.0.2.1", tls=TLS("TLSv1.3", "x", "CN=alice", end_point=b"e" * 32, names=("CN=alice",)))
     driver = Driver(ServerSession(rules, client, "s", "l"))
     driver.start()
     driver.feed(b"EHLO client.example\r\n")
@@ -84,6 +86,7 @@ def play(lines: list[bytes], cut: int) -> tuple[list[list[str]], list[str], bool
 @settings(max_examples=400)
 @given(LINES, st.integers(1, 40))
 @example([b"AUTH PLAIN", b"*", b"AUTH LOGIN", b"YWxpY2U=", b"d29uZGVy"], 7)
+@example([b"AUTH EXTERNAL", b"*", b"AUTH EXTERNAL", b"Ym9i", b"AUTH EXTERNAL", b""], 3)
 @example([b"AUTH XOAUTH2 " + base64.b64encode(b"user=alice\x01auth=Bearer x\x01\x01"), b"*"] * 3, 5)
 def test_one_reply_for_each_line_however_it_is_cut(lines: list[bytes], cut: int) -> None:
     first = play(lines, 1 << 20)

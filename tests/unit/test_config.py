@@ -524,8 +524,8 @@ def not_yet(way: str) -> str:
                 "listeners[0].certificates[0].key: is missing; this key is needed",
                 "listeners[0].certificates[1].certificate: is missing; this key is needed",
                 "listeners[0].certificates[1].key: there is no file /no/key",
-                "listeners[0].certificates[1].name: unknown key; known here: address, auth, auth_without_tls, bare_newlines, certificate, certificate_identity, certificates, "
-                "client_ca, client_certificate, greet_delay, key, long_lines, mode, protocol, proxy_protocol_from, tls, xclient_from",
+                "listeners[0].certificates[1].name: unknown key; known here: address, auth, auth_without_tls, bare_newlines, certificate, certificate_identity, "
+                "certificates, client_ca, client_certificate, greet_delay, key, long_lines, mode, protocol, proxy_protocol_from, tls, xclient_from",
             ],
         ),
         (
