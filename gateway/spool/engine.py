@@ -10,6 +10,8 @@ Invariants:
   it as "known"; when that fails too, nothing is written any more (``fatal``).
 - Whatever an earlier process left in the WAL is moved into the database and synced before
   the first commit: its pages may sit in the kernel's cache as clean and yet be on no disk.
+- A database that SQLite finds damaged is read out (``salvage.py``) into a new one when it is
+  opened, and kept beside it; what is damaged while it works ends the process for that.
 - The GIL is taken as seldom as can be: many rows to a statement, since each return from
   SQLite waits for the loop's thread to let go of it.
 """
@@ -58,6 +60,7 @@ from .records import (
     unpack_message,
     unpack_pending,
 )
+from .salvage import Salvaged, cut_short, salvage, scan_wal
 
 PAGE_SIZE = 8192
 
@@ -86,6 +89,14 @@ Action = Literal["retry", "hold", "release", "drop"]
 DATABASE = "spool.db"
 CONTENTS = "content"
 LOCK = "lock"
+
+#: Beside the database: what was salvaged, while it is written and when it is whole; and the note
+#: that it must be looked at whole when it is opened again.
+SALVAGING = "spool.db.salvaging"
+SALVAGED = "spool.db.salvaged"
+SUSPECT = "suspect"
+
+_DAMAGE = (apsw.CorruptError, apsw.NotADBError)
 
 
 class RefusedError(Exception):
@@ -248,10 +259,7 @@ class Engine:
         except SpoolError:
             raise
         except (apsw.Error, OSError) as error:
-            hint = ""
-            if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
-                hint = f" (what can be read: sqlite3 {self._path} .recover; then move the folder away and start anew)"
-            raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}{hint}", known=True) from error
+            raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}", known=True) from error
 
     def _take_lock(self) -> None:
         missing = []
@@ -282,12 +290,34 @@ class Engine:
 
     def _open(self) -> Opened:
         self._files.mkdir(self.contents)
+        self._put_in_place()
+        try:
+            opened = self._open_database()
+        except _DAMAGE as error:
+            return self._open_salvaged(_words(error))
+        if opened is None:
+            return self._open_salvaged("the WAL is damaged in its middle")
+        if opened.damage is not None and self._settled:
+            with contextlib.suppress(apsw.Error, OSError):
+                if self._faults():
+                    return self._open_salvaged(opened.damage)
+        with contextlib.suppress(OSError):
+            self._files.unlink(os.path.join(self.folder, SUSPECT))
+        return opened
+
+    def _open_database(self) -> Opened | None:
+        """None: SQLite read only a part of the WAL, and the rest was worth something."""
         # The WAL takes its mode from the database: made here, it is 0600 whatever the umask.
         self._files.close(self._files.open(self._path, os.O_RDWR | os.O_CREAT))
         self._connect()
         self._files.fsync_dir(self.folder)
+        frames, _ = self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        if cut_short(scan_wal(f"{self._path}-wal", self._files), max(0, frames)):
+            return None
         try:
             self._settle()
+        except _DAMAGE:
+            raise
         except apsw.Error:
             # A full disk, say: rows can be read; writing waits until this has come to pass.
             self._settled = False
@@ -295,6 +325,88 @@ class Engine:
         opened = self._survey()
         opened.damage = damage
         return opened
+
+    # ------------------------------------------------------------------------------- damage
+
+    def _open_salvaged(self, why: str) -> Opened:
+        """Read out what can be read, put a new database in the place of the old, and open that."""
+        if self._db is not None:
+            # The WAL stays as it is: what SQLite would not read of it is read now.
+            self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            self._db.close(True)
+            self._db = self._cursor = None
+        self._settled = False
+        now = time.time()
+        found = salvage(self._path, self._files, now)
+        self._write_salvaged(found)
+        kept = self._put_in_place()
+        opened = self._open_database()
+        if opened is None:
+            raise SpoolError(f"spool {self.folder}: what was salvaged cannot be read", known=True)
+        opened.damage = (
+            f"{why}; {len(found.messages)} messages were read out of it, {found.aside} of what they owe is held as damaged, {found.unread}"
+            f" rows and {found.pages} pages could not be read; what was there is kept as {kept}"
+        )
+        with contextlib.suppress(OSError):
+            self._files.unlink(os.path.join(self.folder, SUSPECT))
+        return opened
+
+    def _write_salvaged(self, found: Salvaged) -> None:
+        """``SALVAGED`` is there, whole and synced."""
+        path = os.path.join(self.folder, SALVAGING)
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(path)
+        self._files.close(self._files.open(path, os.O_RDWR | os.O_CREAT))
+        db = apsw.Connection(path, vfs=self._vfs)
+        try:
+            for pragma in (f"page_size = {PAGE_SIZE}", "auto_vacuum = INCREMENTAL", "journal_mode = OFF", "synchronous = FULL"):
+                db.execute(f"PRAGMA {pragma}").fetchall()
+            db.execute(f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}")
+            db.executemany(_INSERT_MESSAGES[1], found.messages)
+            db.executemany(_INSERT_PENDINGS[1], found.pendings)
+            db.execute("COMMIT")
+        finally:
+            db.close(True)
+        descriptor = self._files.open(path, os.O_RDWR)
+        try:
+            self._files.fsync(descriptor)
+        finally:
+            self._files.close(descriptor)
+        kept = {row[4] for row in found.messages}
+        for name in self._files.names(self.contents):
+            if name not in kept:
+                # Maybe the content of a message that could not be read: no orphan to be removed.
+                self._files.rename(os.path.join(self.contents, name), os.path.join(self.folder, f"damaged-content-{name}"))
+        self._files.rename(path, os.path.join(self.folder, SALVAGED))
+        self._files.fsync_dir(self.folder)
+
+    def _put_in_place(self) -> str:
+        """Where something was salvaged: the old database goes aside, the new one takes its place. Can be
+        broken off at any step and begun again. Returns the name of the old one."""
+        salvaged = os.path.join(self.folder, SALVAGED)
+        names = set(self._files.names(self.folder))
+        if SALVAGED not in names:
+            return ""
+        number = 1
+        # The WAL goes first: its name is free only where this was not begun before.
+        while f"damaged-{number}.db" in names or (f"damaged-{number}.db-wal" in names and f"{DATABASE}-wal" in names):
+            number += 1
+        aside = os.path.join(self.folder, f"damaged-{number}.db")
+        if f"{DATABASE}-wal" in names:
+            self._files.rename(f"{self._path}-wal", f"{aside}-wal")
+        if DATABASE in names:
+            self._files.rename(self._path, aside)
+        self._files.rename(salvaged, self._path)
+        self._files.fsync_dir(self.folder)
+        return os.path.basename(aside)
+
+    def suspect(self, error: Exception) -> None:
+        """Something was read that is not what was written. Nothing is written any more: the next
+        process looks at all of it, and salvages what can be."""
+        if self.fatal is None:
+            self.fatal = f"the database is damaged: {_words(error)}"
+            with contextlib.suppress(OSError):
+                self._files.close(self._files.open(os.path.join(self.folder, SUSPECT), os.O_WRONLY | os.O_CREAT))
 
     def _connect(self) -> None:
         db = apsw.Connection(self._path, vfs=self._vfs)
@@ -332,6 +444,9 @@ class Engine:
         application = self._number("PRAGMA application_id")
         version = self._number("PRAGMA user_version")
         tables = self._number("SELECT count(*) FROM sqlite_schema")
+        # A number that no version of us will reach was hit; what a newer one wrote is not for us to judge.
+        if tables and (application != APPLICATION_ID or not 0 < version < VERSION + 64) and self._has_our_schema():
+            raise apsw.CorruptError(f"the header says application {application:#x}, schema {version}; the tables are ours")
         if application != APPLICATION_ID and (application or tables):
             raise SpoolError(f"{self._path} is a database, but not a spool of this program", known=True)
         if version > VERSION:
@@ -340,6 +455,13 @@ class Engine:
                 known=True,
             )
         return not tables
+
+    def _has_our_schema(self) -> bool:
+        """Is every table and index as this version makes it?"""
+        memory = apsw.Connection(":memory:")
+        memory.execute(SCHEMA)
+        asked = "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY sql"
+        return bool(self._at.execute(asked).fetchall() == memory.execute(asked).fetchall())
 
     def _migrate(self, new: bool) -> None:
         version = VERSION if new else self._number("PRAGMA user_version")
@@ -352,7 +474,8 @@ class Engine:
     def _check(self) -> str | None:
         """What is broken in the file, if anything; an index that does not fit its table is made
         anew. The contents of rows are checked as they are read."""
-        if self._number("PRAGMA page_count") * self._page_size > CHECK_LIMIT:
+        suspect = os.path.exists(os.path.join(self.folder, SUSPECT))
+        if self._number("PRAGMA page_count") * self._page_size > CHECK_LIMIT and not suspect:
             return None
         if not (told := self._faults()):
             return None
@@ -400,7 +523,12 @@ class Engine:
                 self._files.unlink(os.path.join(self.contents, name))
                 orphans += 1
         return Opened(
-            next_key=self._number("SELECT coalesce(max(key), 0) FROM messages") + 1,
+            # Damage may have left what is owed without its message.
+            next_key=max(
+                self._number("SELECT coalesce(max(key), 0) FROM messages"),
+                self._number("SELECT coalesce(max(key), 0) FROM pendings") >> SHIFT,
+            )
+            + 1,
             messages=self._number("SELECT count(*) FROM messages"),
             counts=dict(self._tally),
             orphans=orphans,
@@ -574,6 +702,8 @@ class Engine:
         except Exception as error:
             self._file_count = files
             self._roll_back(error)
+            if isinstance(error, _DAMAGE):
+                self.suspect(error)
             if isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
                 raise RefusedError(_words(error)) from error
             raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error

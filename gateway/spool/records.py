@@ -145,9 +145,11 @@ def unpack_message(row: Columns, folder: str) -> Message:
     """The message of a row of ``MESSAGE_READ``. Content in the row is checked here, content in a file by whoever
     reads it first. Raises DamagedError."""
     key, _, _, size, _, sum_, content_sum, meta, trace, content = cast(
-        "tuple[int, bytes, float, int, bytes, int, int, bytes, bytes, bytes]", row
+        "tuple[int, bytes, float, int, bytes, int, int, Value, Value, bytes]", row
     )
     id, file = text(row[1]), None if row[4] is None else text(row[4])
+    if not isinstance(meta, bytes) or not isinstance(trace, bytes):
+        raise DamagedError("a column of the message is missing")
     if message_sum(key, id, meta, trace) != sum_:
         raise DamagedError("the checksum of the envelope does not fit")
     told = orjson.loads(meta)
@@ -234,9 +236,11 @@ def pending_sum(key: int, sink: str, part: int, recipients: bytes) -> int:
 def unpack_pending(row: Columns, message_id: str) -> Pending:
     """The row of ``PENDING_READ``. Raises DamagedError."""
     key, _, _, priority, due, expires_at, part, attempts, down, _, recipients, _, sum_ = cast(
-        "tuple[int, bytes, bytes, int, float, float, int, int, int, int, bytes, bytes, int]", row
+        "tuple[int, bytes, bytes, int, float, float, Value, int, int, int, Value, bytes, int]", row
     )
     sink, state, note = text(row[1]), cast(Keeping, text(row[2])), text(row[11])
+    if not isinstance(recipients, bytes) or not isinstance(part, int):
+        raise DamagedError("a column of the row is missing")
     if pending_sum(key, sink, part, recipients) != sum_:
         raise DamagedError("the checksum of the recipients does not fit")
     return Pending(

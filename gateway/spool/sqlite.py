@@ -683,7 +683,11 @@ class SqliteSpool:
             try:
                 result = work()
             except Exception as error:
+                if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+                    self._engine.suspect(error)
                 loop.call_soon_threadsafe(done, None, _as_spool_error(error))
+                if self._engine.fatal is not None and self._contents is not None:
+                    loop.call_soon_threadsafe(self._set_fatal, self._engine.fatal)
             else:
                 loop.call_soon_threadsafe(done, result, None)
 

@@ -23,23 +23,25 @@ import apsw
 
 from gateway.spool.files import Files
 
-Kind = Literal["open", "write", "sync", "truncate", "delete", "rename", "sync_dir", "statvfs", "mkdir"]
-How = Literal["EIO", "ENOSPC", "short"]
+Kind = Literal["open", "write", "sync", "unsynced", "truncate", "delete", "rename", "sync_dir", "statvfs", "mkdir", "read"]
+How = Literal["EIO", "ENOSPC", "EDQUOT", "short"]
 
 #: What SQLite says for each fault.
 _CODES: dict[str, dict[str, int]] = {
-    "open": {"EIO": apsw.SQLITE_CANTOPEN, "ENOSPC": apsw.SQLITE_CANTOPEN},
-    "write": {"EIO": apsw.SQLITE_IOERR_WRITE, "ENOSPC": apsw.SQLITE_FULL},
-    "sync": {"EIO": apsw.SQLITE_IOERR_FSYNC, "ENOSPC": apsw.SQLITE_IOERR_FSYNC},
-    "truncate": {"EIO": apsw.SQLITE_IOERR_TRUNCATE, "ENOSPC": apsw.SQLITE_IOERR_TRUNCATE},
-    "delete": {"EIO": apsw.SQLITE_IOERR_DELETE, "ENOSPC": apsw.SQLITE_IOERR_DELETE},
+    "open": {"": apsw.SQLITE_CANTOPEN},
+    # Of all that write(2) may say SQLite takes only ENOSPC for a full disk.
+    "write": {"": apsw.SQLITE_IOERR_WRITE, "ENOSPC": apsw.SQLITE_FULL},
+    "sync": {"": apsw.SQLITE_IOERR_FSYNC},
+    "truncate": {"": apsw.SQLITE_IOERR_TRUNCATE},
+    "delete": {"": apsw.SQLITE_IOERR_DELETE},
 }
 
 
 @dataclass(slots=True)
 class Operation:
     """``size`` is the new size for a truncate; ``target`` the new name of a rename; ``named``: the
-    sync is SQLite's, whose first of a new file syncs the folder too."""
+    sync is SQLite's, whose first of a new file syncs the folder too. A sync speaks of what stood in
+    the log at ``since``, when it began; one that failed is ``unsynced``."""
 
     kind: Kind
     path: str
@@ -48,11 +50,12 @@ class Operation:
     size: int = 0
     target: str = ""
     named: bool = False
+    since: int = 0
 
 
 @dataclass
 class Faults:
-    """``first``: the number (from 1) of the operation that fails, 0 for none; ``count``: how many
+    """A ``read`` is the opening of a file that is only read. ``first``: the number (from 1) of the operation that fails, 0 for none; ``count``: how many
     fail from there on. ``kinds``: count only these; ``paths``: only where the path ends so."""
 
     first: int = 0
@@ -125,11 +128,13 @@ class FaultyFile(apsw.VFSFile):
         self.faults.note(Operation("write", self.path, offset, octets))
 
     def xSync(self, flags: int) -> None:  # noqa: N802 - SQLite's name
+        since = len(self.faults.log)
         if how := self.faults.meet("sync", self.path):
             # What was written stays in the cache and may reach the disk all the same.
+            self.faults.note(Operation("unsynced", self.path, since=since))
             _raise("sync", how)
         super().xSync(flags)
-        self.faults.note(Operation("sync", self.path, named=True))
+        self.faults.note(Operation("sync", self.path, named=True, since=since))
 
     def xTruncate(self, newsize: int) -> None:  # noqa: N802 - SQLite's name
         if how := self.faults.meet("truncate", self.path):
@@ -139,8 +144,8 @@ class FaultyFile(apsw.VFSFile):
 
 
 def _raise(kind: Kind, how: How) -> None:
-    code = _CODES[kind]["EIO" if how == "EIO" else "ENOSPC"]
-    raise apsw.exception_for(code)
+    codes = _CODES[kind]
+    raise apsw.exception_for(codes.get(how, codes[""]))
 
 
 class FaultyFiles(Files):
@@ -158,7 +163,7 @@ class FaultyFiles(Files):
         raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)), path)
 
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
-        self._meet("open", path)
+        self._meet("open" if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) else "read", path)
         new = not os.path.exists(path)
         descriptor = super().open(path, flags, mode)
         self._paths[descriptor] = path
@@ -180,11 +185,16 @@ class FaultyFiles(Files):
 
     def fsync(self, descriptor: int) -> None:
         path = self._paths.get(descriptor)
+        since = len(self.faults.log)
         if path is not None:
-            self._meet("sync", path)
+            try:
+                self._meet("sync", path)
+            except OSError:
+                self.faults.note(Operation("unsynced", path, since=since))
+                raise
         super().fsync(descriptor)
         if path is not None:
-            self.faults.note(Operation("sync", path))
+            self.faults.note(Operation("sync", path, since=since))
 
     def truncate(self, descriptor: int, size: int) -> None:
         self._meet("truncate", self._paths[descriptor])
@@ -206,9 +216,10 @@ class FaultyFiles(Files):
         self.faults.note(Operation("delete", path))
 
     def fsync_dir(self, path: str) -> None:
+        since = len(self.faults.log)
         self._meet("sync_dir", path)
         super().fsync_dir(path)
-        self.faults.note(Operation("sync_dir", path))
+        self.faults.note(Operation("sync_dir", path, since=since))
 
     def mkdir(self, path: str) -> None:
         self._meet("mkdir", path)
