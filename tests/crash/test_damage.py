@@ -19,7 +19,8 @@ from gateway.message import Message
 from gateway.spool import engine, records, salvage
 from gateway.spool.files import Files
 from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS
-from tests.crash.mail import Events, keep, large, message, opened, pending, settle, store, until
+from tests.crash.mail import Events, keep, large, message, opened, pending, settle, store
+from tests.loops import until
 
 #: GATEWAY_DAMAGE makes a longer run.
 ROUNDS = int(os.environ.get("GATEWAY_DAMAGE", "500"))
@@ -233,7 +234,7 @@ async def test_what_is_damaged_while_it_works_ends_the_process_and_the_next_one_
     async with opened(tmp_path) as spool:
         ids = [(await keep(spool))[0].message_id for _ in range(300)]
     pages = salvage.Pages(str(tmp_path / "spool.db"), Files())
-    leaf = sorted(salvage._leaves(pages, salvage.PENDINGS_ROOT, []))[1]
+    leaf = sorted(salvage._leaves(pages, salvage.PENDINGS_ROOT, []))[0]
     pages.close()
     with (tmp_path / "spool.db").open("r+b") as file:
         # Opening reads no more than the indexes.
@@ -253,7 +254,7 @@ async def test_what_is_damaged_while_it_works_ends_the_process_and_the_next_one_
         due = {row.message_id for row in await spool.due("app", 1e12, 1000)}
         held = {row.message_id for row in await spool.rows() if row.note == "damaged: what it owes to whom was lost"}
         assert due | held == set(ids)
-        assert len(held) < 120 < len(due)
+        assert 0 < len(held) < 200, "one page"
     assert events.named("damaged")
     async with opened(tmp_path, observer=(after := Events())) as spool:
         assert len(await spool.due("app", 1e12, 1000)) == len(due)
