@@ -13,7 +13,7 @@ PYTEST := $(PY) -m pytest -q -p no:benchmark
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check test test-long bench build lock clean
+.PHONY: help setup demo check test test-long torture mutants bench build lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,6 +34,15 @@ test: check node ## check, then every test that is not marked long
 
 test-long: setup node ## the tests that take minutes (kill -9 under load, large corpora)
 	$(PYTEST) -m long $(PYTEST_ARGS)
+
+# STATES, KILLS and DAMAGES make it shorter, GATEWAY_SEED repeats it.
+torture: setup ## hours: a million power cuts, 1,000 kill -9, 10,000 damages (STATES=100000: fewer; goes on where it was stopped)
+	$(PY) -m tests.crash.torture power --states $(or $(STATES),1000000) $(if $(GATEWAY_SEED),--seed $(GATEWAY_SEED))
+	GATEWAY_DAMAGE=$(or $(DAMAGES),10000) $(PYTEST) -s -m long tests/crash/test_damage.py
+	GATEWAY_KILLS=$(or $(KILLS),1000) $(PYTEST) -s -m long tests/crash/test_kill.py
+
+mutants: setup ## breaks the product a dozen ways and shows which test catches it (MUTANTS="a1 g": only these)
+	$(PY) -m tests.mutants $(MUTANTS)
 
 bench: setup ## the end-to-end measurements of bench/README.md
 	$(PY) -m bench $(BENCH_ARGS)

@@ -754,7 +754,7 @@ class Gateway:
         assert queue is not None
 
         async def change(**what: Any) -> int:
-            changed = await spool.change(**what)
+            changed = await spool.change(**what, now=queue.clock())
             sink = what.get("sink")
             again = what.get("action") == "retry"
             # "Now, please" also ends a pause, but only of a sink that it names.

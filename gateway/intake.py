@@ -167,7 +167,7 @@ class MailIntake:
             received_at=now,
             listener=transaction.listener,
             checks=dict(transaction.facts.get("checks", ())),
-            expires_at=now + self.expire,
+            expires_at=self.queue.clock() + self.expire,
         )
         message.trace = received(transaction.client, transaction.envelope, self.hostname, message.id, now)
         if transaction.submission:
@@ -433,9 +433,9 @@ class Ticket:
                 for sink in route.sinks:
                     lists.setdefault(sink, []).append(index)
             groups = {sink: tuple(indexes) for sink, indexes in lists.items()}
+        now = intake.queue.clock()
         self._pendings = [
-            Pending(message.id, sink, indexes, message.received_at, message.expires_at, priority=message.priority)
-            for sink, indexes in groups.items()
+            Pending(message.id, sink, indexes, now, message.expires_at, priority=message.priority) for sink, indexes in groups.items()
         ]
         # ids of the Pendings whose first try is not over: all, until told otherwise.
         self._out = {id(pending) for pending in self._pendings}
@@ -509,7 +509,7 @@ class Ticket:
     def _judge(self) -> None:
         """Turn outcomes into what is still owed and what follows."""
         queue = self._intake.queue
-        now = self._intake.clock()
+        now = queue.clock()
         for pending, outcomes in self._outcomes:
             splits, follow = queue.judge(self.message, pending, outcomes, now)
             self._splits += splits

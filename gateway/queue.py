@@ -34,7 +34,7 @@ from .smtp import bounce
 PROBE_FIRST, PROBE_LAST = 1.0, 60.0
 #: A far side may ask for a day at most (DESIGN §6).
 RETRY_AFTER_LIMIT = 86400.0
-#: Longest sleep of a lane: steps of the wall clock are noticed after that (seconds).
+#: Longest sleep of a lane (seconds).
 LONGEST_SLEEP = 30.0
 #: Seconds of its ``rate`` that a lane which was idle, or woken late, may begin at once.
 CATCH_UP = 0.05
@@ -44,6 +44,27 @@ WINDOW = 64
 READ_AGAIN = 1.0
 #: How often rows of lanes that do not try are looked at for expiry (seconds).
 EXPIRY_SWEEP = 60.0
+
+#: Counts the time in which the machine sleeps, too, where the system has such a clock.
+_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def elapsed() -> float:
+    """Seconds that nobody can set."""
+    return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
+
+
+class Steady:
+    """Unix seconds as they were when it was made, and elapsed time from then on: what is due or
+    expires is not moved by a wall clock that is set while the process runs."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, since: Callable[[], float] = elapsed) -> None:
+        self._since = since
+        self._start = wall() - since()
+
+    def __call__(self) -> float:
+        return self._start + self._since()
+
 
 EXPIRED = Reply(554, "5.4.7", "delivery time expired")
 NO_SUCH_SINK = "this sink is not in the configuration"
@@ -157,7 +178,8 @@ class Lane:
 class Queue:
     """What is due when. ``retry``: seconds until the next try after the first, second … one,
     the last repeats. ``expire`` and ``hold`` in seconds. ``bounces``: the sink that carries
-    bounces. ``clock``: Unix seconds."""
+    bounces. ``clock``: Unix seconds, by which everything is due; it must not be set back or forth
+    (``Steady``). ``wall``: what the dates of bounces go by."""
 
     def __init__(
         self,
@@ -172,7 +194,8 @@ class Queue:
         hostname: str,
         observer: Observer,
         new_id: Callable[[float], str],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
+        wall: Callable[[], float] | None = None,
     ) -> None:
         self._spool = spool
         self._lanes = {name: Lane(sink, lanes[name]) for name, sink in sinks.items()}
@@ -183,7 +206,8 @@ class Queue:
         self._hostname = hostname
         self._observer = observer
         self._new_id = new_id
-        self.clock = clock
+        self.clock = clock or Steady()
+        self._wall = wall or clock or time.time
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Event = asyncio.Event()
@@ -391,7 +415,8 @@ class Queue:
 
     def _report(self, kind: bounce.Kind, message: Message, told: Sequence[tuple[Recipient, Outcome]], now: float) -> Row:
         assert self._bounces is not None
-        id = self._new_id(now)
+        wall = self._wall()
+        id = self._new_id(wall)
         redacted = message.envelope.requiretls and not self._lanes[self._bounces].settings.requiretls
         excerpt = b"".join(islice(message.stored.chunks(max(1, bounce.excerpt_size(message, kind))), 1))
         octets = bounce.report(
@@ -399,7 +424,7 @@ class Queue:
             message,
             [(recipient, outcome.reply, outcome.remote) for recipient, outcome in told],
             reporting_mta=self._hostname,
-            now=now,
+            now=wall,
             message_id=f"{id}@{self._hostname}",
             excerpt=excerpt[: bounce.excerpt_size(message, kind)],
             redacted=redacted,
@@ -409,7 +434,7 @@ class Queue:
             envelope=bounce.envelope(message, octets, redacted=redacted),
             stored=Content(octets, eight_bit=not octets.isascii(), header_size=octets.find(b"\r\n\r\n") + 2),
             client=Client(ip=None, helo=self._hostname, protocol="LOCAL"),
-            received_at=now,
+            received_at=wall,
             expires_at=now + self.expire,
         )
         self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=message.envelope.mail_from, recipients=len(told))

@@ -5,7 +5,10 @@ carries: by webhook, by relay, and toward an upstream that is down until the end
 mail lives in the spool through every kill. A ledger says of each message whether it was
 acknowledged, refused, or neither when the connection broke. RFC 5321 §4.2.5, §6.1.
 
-At each kill at least 1,000 messages a second were being answered and 50 were unanswered.
+The kills come at random, while at least 1,000 messages a second are answered and 50 are
+unanswered; at chosen steps between the end of data and the done mark (``failpoints``), where the
+process tells which deliveries are in flight: only these may come again; and, with two workers,
+to one of them, at random and at such steps, or to the supervisor.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +36,10 @@ import pytest
 import uvloop
 
 from ..servers import ROOT, free_port, without_trace
+from .failpoints.sitecustomize import OPERATIONS, RARE, STEPS
 
-#: GATEWAY_KILLS and GATEWAY_SEED repeat a run, or make a longer one.
+#: GATEWAY_KILLS and GATEWAY_SEED repeat a run, or make a longer one: half of the kills are random, four in ten at a step,
+#: one in ten has two workers.
 KILLS = int(os.environ.get("GATEWAY_KILLS", "100"))
 SEED = int(os.environ.get("GATEWAY_SEED", str(random.SystemRandom().randrange(2**32))))
 #: What must be under way at each kill.
@@ -42,11 +47,16 @@ RATE, UNANSWERED = 1000, 50
 BDAT_SESSIONS, DATA_SESSIONS, DEPTH = 40, 30, 3
 #: Seconds: a done mark rides on a commit at most 50 ms later; the rest is for a busy machine.
 MARK = 1.0
+#: Seconds: what was sent before a kill has been read.
+READ = 1.0
 #: Seconds to carry everything once the kills are over.
 LAST = 180
+#: Seconds for a step to be reached; then the process is killed from outside.
+STEP = 2.0
 
 CONFIG = """
 hostname = "mx.gateway.example"
+workers = {workers}
 
 [[listeners]]
 address = "127.0.0.1:0"
@@ -118,15 +128,22 @@ class Mails:
 @dataclass(slots=True)
 class Arrival:
     when: float
-    life: int
     key: str
     taken: bool
 
 
+@dataclass(slots=True)
+class Kill:
+    """``until``: when the last that was sent before it had been read. ``flying``: the ids of what was in
+    flight, where the process could tell."""
+
+    at: float
+    until: float
+    flying: frozenset[str] | None = None
+
+
 @dataclass
 class Ledger:
-    """``life`` counts the processes of the gateway; a message belongs to the one it was sent to."""
-
     mails: Mails
     life: int = 0
     sent: int = 0
@@ -135,8 +152,10 @@ class Ledger:
     refused: set[int] = field(default_factory=set)
     unknown: set[int] = field(default_factory=set)
     arrivals: dict[int, list[Arrival]] = field(default_factory=lambda: defaultdict(list))
-    kills: dict[int, float] = field(default_factory=dict)
+    kills: list[Kill] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    #: The supervisor was killed: workers say 421.
+    leaderless: bool = False
     #: Seconds: what was carried again had been taken at most so long before the kill.
     oldest: float = 0.0
     #: Connections of the gateway that the receivers have.
@@ -164,8 +183,14 @@ class Ledger:
         self.unanswered.discard(number)
         self.unknown.add(number)
 
-    def arrived(self, octets: bytes, route: str, key: str, taken: bool) -> None:
+    def arrived(self, octets: bytes, route: str, key: str | None, taken: bool) -> None:
         content = without_trace(octets)
+        trace = octets[: len(octets) - len(content)]
+        own = re.search(rb"\bid ([0-9a-f-]{36})\b", trace)
+        if own is None or (key is not None and key != own[1].decode()):
+            self.wrong.append(f"it came as {key}, and its trace is {trace!r}")
+            return
+        key = own[1].decode()
         found = re.match(rb"X-Number: (\d+)\r\n", content)
         if found is None:
             self.wrong.append(f"torn at its top, by {route}: {octets[:200]!r}")
@@ -176,17 +201,28 @@ class Ledger:
             self.wrong.append(f"{number} is torn: {len(content)} octets instead of {len(expected)}")
         if not 1 <= number <= self.sent or self.mails.route(number) != route:
             self.wrong.append(f"{number} came by {route}")
-        if taken and any(arrival.taken and arrival.life == self.life for arrival in self.arrivals[number]):
-            self.wrong.append(f"{number} ({key}) was taken twice by process {self.life}")
-        self.arrivals[number].append(Arrival(time.monotonic(), self.life, key, taken))
+        self.arrivals[number].append(Arrival(time.monotonic(), key, taken))
+
+    def told(self, folder: Path) -> int:
+        """Reads what processes wrote that killed themselves; how many there were."""
+        count = 0
+        for path in folder.iterdir():
+            if path.suffix != ".new":
+                at = time.monotonic() - time.time() + path.stat().st_mtime
+                self.kills.append(Kill(at, at + READ, frozenset(json.loads(path.read_text()))))
+                path.unlink()
+                count += 1
+        return count
 
     async def killed(self) -> None:
         """The process is dead: read out what it had sent, then its time is over."""
-        self.kills[self.life] = time.monotonic()
+        kill = Kill(time.monotonic(), 0.0)
         for _ in range(1000):
             # Long enough for connections that nobody accepted yet.
             await asyncio.sleep(0.02)
             if not self.upstream:
+                kill.until = time.monotonic()
+                self.kills.append(kill)
                 return
         raise TimeoutError("connections of a dead process stay open")
 
@@ -209,11 +245,13 @@ class Ledger:
             count["carried"] += bool(copies)
             for first, second in itertools.pairwise(copies):
                 count["repeated"] += 1
-                if first.life != second.life:
-                    before = self.kills[first.life] - first.when
-                    self.oldest = max(self.oldest, before)
-                    if before > MARK:
-                        self.wrong.append(f"{number} was taken {before:.2f} s before the kill and carried again")
+                between = [kill for kill in self.kills if first.when <= kill.until and kill.at <= second.when]
+                if any(kill.flying is not None and first.key in kill.flying for kill in between):
+                    continue
+                before = min((kill.at - first.when for kill in between if kill.flying is None), default=float("inf"))
+                self.oldest = max(self.oldest, before)
+                if before > MARK:
+                    self.wrong.append(f"{number} was taken {before:.2f} s before a kill, was not in flight, and was carried again")
         return count
 
 
@@ -224,7 +262,8 @@ class Session(asyncio.Protocol):
     """One client connection that never rests. ``depth`` messages are out at a time, each as MAIL,
     RCPT and BDAT LAST in one write; with 0, one after the other by DATA."""
 
-    def __init__(self, ledger: Ledger, depth: int, over: Callable[[Session], None]) -> None:
+    def __init__(self, ledger: Ledger, depth: int, there: set[Session], over: Callable[[Session], None]) -> None:
+        self._there = there
         self._ledger = ledger
         self._depth = depth
         self._over = over
@@ -235,6 +274,7 @@ class Session(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by inheritance
+        self._there.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         for number in self._out:
@@ -244,6 +284,10 @@ class Session(asyncio.Protocol):
     def data_received(self, octets: bytes) -> None:
         *lines, self._buffer = (self._buffer + octets).split(b"\r\n")
         for line in lines:
+            if line.startswith(b"421") and self._ledger.leaderless:
+                # A worker without its supervisor ends in order: what it has not answered is unknown.
+                self._transport.abort()
+                return
             if line[3:4] != b"-":
                 self._reply(line)
 
@@ -383,7 +427,7 @@ class Mta(asyncio.Protocol):
 
     def _done(self, octets: bytes) -> bytes:
         taken = self._pick.random() > 0.02
-        self._ledger.arrived(octets, self._route, self._route, taken)
+        self._ledger.arrived(octets, self._route, None, taken)
         return b"250 2.0.0 taken\r\n" if taken else b"451 4.3.0 not now\r\n"
 
 
@@ -393,21 +437,27 @@ class Mta(asyncio.Protocol):
 class Life:
     """One process of the gateway, its event log in a file of its own."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, failpoint: str | None = None) -> None:
         self._log = log
+        environment = dict(os.environ)
+        if failpoint is not None:
+            environment |= {"FAILPOINT": failpoint, "PYTHONPATH": str(Path(__file__).parent / "failpoints")}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gateway", "serve", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stderr=file,
                 cwd=ROOT,
+                env=environment,
                 start_new_session=True,
             )
 
-    async def ready(self) -> int:
-        """The port."""
+    async def ready(self, mortal: bool = False) -> int:
+        """The port; 0 where it ended, and may."""
         deadline = time.monotonic() + 60
         while not (ports := self.events("listening")) or not self.events("ready"):
+            if mortal and self.process.poll() is not None:
+                return 0
             assert self.process.poll() is None, f"it ended by itself:\n{self._log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, f"not ready within 60 s:\n{self._log.read_text()[-3000:]}"
             await asyncio.sleep(0.01)
@@ -421,31 +471,44 @@ class Life:
                     found.append(json.loads(line))
         return found
 
+    def children(self) -> list[int]:
+        """The workers of a supervisor."""
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in listed.read_text().split()]
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
-async def load(ledger: Ledger, life: Life, pick: random.Random) -> tuple[float, int]:
-    """Connects, sends, and kills once enough is under way; the rate and the unanswered at the kill."""
+async def connect(ledger: Ledger, port: int, sessions: int = BDAT_SESSIONS) -> asyncio.Event:
+    """So many BDAT sessions and three quarters as many with DATA; the event is set when all are gone."""
     loop = asyncio.get_running_loop()
-    port = await life.ready()
-    sessions: set[Session] = set()
+    there: set[Session] = set()
     gone = asyncio.Event()
 
     def over(session: Session) -> None:
-        sessions.discard(session)
-        if not sessions:
+        there.discard(session)
+        if not there:
             gone.set()
 
     def session(depth: int) -> Session:
-        made = Session(ledger, depth, over)
-        sessions.add(made)
-        return made
+        return Session(ledger, depth, there, over)
 
-    for depth in [DEPTH] * BDAT_SESSIONS + [0] * DATA_SESSIONS:
-        await loop.create_connection(partial(session, depth), "127.0.0.1", port)
+    for depth in [DEPTH] * sessions + [0] * (sessions * DATA_SESSIONS // BDAT_SESSIONS):
+        try:
+            await loop.create_connection(partial(session, depth), "127.0.0.1", port)
+        except OSError:
+            break  # it died already
+    if not there:
+        gone.set()
+    return gone
+
+
+async def load(ledger: Ledger, life: Life, pick: random.Random) -> tuple[float, int]:
+    """Connects, sends, and kills once enough is under way; the rate and the unanswered at the kill."""
+    gone = await connect(ledger, await life.ready())
     samples = [(time.monotonic(), ledger.answered)]
     wanted, deadline = samples[0][0] + pick.uniform(0.3, 0.8), samples[0][0] + 30
     while True:
@@ -465,6 +528,48 @@ async def load(ledger: Ledger, life: Life, pick: random.Random) -> tuple[float, 
     await asyncio.wait_for(gone.wait(), 10)
     assert not ledger.unanswered
     return rate, unanswered
+
+
+async def step(ledger: Ledger, life: Life, told: Path) -> bool:
+    """Sends until the process ends itself at its step; False where it did not come to that."""
+    if port := await life.ready(mortal=True):
+        gone = await connect(ledger, port, 16)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(life.process.wait, STEP)
+    # A row that was written between the last look and the end of the process, if it still runs.
+    life.kill()
+    await ledger.killed()
+    if port:
+        await asyncio.wait_for(gone.wait(), 10)
+    if reached := ledger.told(told):
+        # It was this kill, and the process told what was in flight.
+        ledger.kills.pop(-1 - reached)
+    return bool(reached)
+
+
+async def workers(ledger: Ledger, life: Life, told: Path, pick: random.Random) -> int:
+    """Two workers, and one of them is killed, or both at their steps, or the supervisor. How many processes were killed
+    before all were."""
+    killed = 0
+    port = await life.ready(mortal=True)
+    if port:
+        gone = await connect(ledger, port, 16)
+        await asyncio.sleep(pick.uniform(0.2, 0.6))
+        victim = life.process.pid if pick.random() < 0.3 else pick.choice([*life.children(), 0])
+        ledger.leaderless = victim == life.process.pid
+        if victim:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                ledger.kills.append(Kill(time.monotonic(), time.monotonic() + READ))
+                killed += 1
+        # Another is started in its place, and sends what it finds.
+        await asyncio.sleep(pick.uniform(0.2, 1.2))
+    life.kill()
+    await ledger.killed()
+    if port:
+        await asyncio.wait_for(gone.wait(), 10)
+    ledger.leaderless = False
+    return killed + ledger.told(told)
 
 
 async def story(folder: Path) -> None:
@@ -488,16 +593,37 @@ async def chapters(folder: Path, stack: contextlib.AsyncExitStack) -> None:
         "down": free_port(),
     }
     config = folder / "gateway.toml"
-    config.write_text(CONFIG.format(folder=folder, **ports))
+    config.write_text(CONFIG.format(folder=folder, workers=1, **ports))
+    told = folder / "told"
+    told.mkdir()
 
-    def start() -> Life:
+    def start(failpoint: str | None = None) -> Life:
         ledger.life += 1
-        life = Life(config, folder / f"{ledger.life}.log")
+        life = Life(config, folder / f"{ledger.life}.log", failpoint)
         stack.callback(life.kill)
         return life
 
+    def failpoint() -> Iterator[str]:
+        """Every step, before and after it, round and round; the frequent ones mostly after some hundred messages."""
+        while True:
+            for name in [*STEPS, *OPERATIONS]:
+                for when in ("before", "after"):
+                    count = 1 if name in RARE else int(10 ** pick.uniform(0, 2.7))
+                    yield f"{name}:{when}:{count}:{told}"
+
+    points = failpoint()
+    missed: Counter[str] = Counter()
+    reached = fallen = 0
+    for _ in range(KILLS * 4 // 10):
+        point = next(points)
+        if await step(ledger, start(point), told):
+            reached += 1
+        else:
+            missed[point.partition(":")[0]] += 1
+        assert not ledger.wrong, ledger.wrong[:20]
+
     rates, depths = [], []
-    for _ in range(KILLS):
+    for _ in range(KILLS // 2):
         if pick.random() < 0.1:
             # Killed while it starts and recovers, without any load.
             life = start()
@@ -512,6 +638,11 @@ async def chapters(folder: Path, stack: contextlib.AsyncExitStack) -> None:
         assert not ledger.wrong, ledger.wrong[:20]
         (folder / f"{ledger.life}.log").unlink()
 
+    config.write_text(CONFIG.format(folder=folder, workers=2, **ports))
+    for number in range(KILLS // 10):
+        fallen += await workers(ledger, start(next(points) if number % 2 else None), told, pick)
+        assert not ledger.wrong, ledger.wrong[:20]
+
     await listen(lambda: Mta(ledger, "down", pick), ports["down"])
     life = start()
     await life.ready()
@@ -525,8 +656,8 @@ async def chapters(folder: Path, stack: contextlib.AsyncExitStack) -> None:
     count = ledger.judge()
     (folder / "wrong").write_text("\n".join(ledger.wrong))
     print(
-        f"{KILLS} kills, seed {SEED}: {dict(count)}; at the kills {min(rates):.0f} to {max(rates):.0f} messages/s, "
-        f"{min(depths)} to {max(depths)} unanswered; carried again: what was taken up to {ledger.oldest * 1000:.0f} ms before one"
+        f"{KILLS} kills, seed {SEED}: {dict(count)}; {reached} at a step (not reached: {dict(missed)}), {fallen} of workers or supervisors; at the kills {min(rates):.0f} to {max(rates):.0f} messages/s, "
+        f"{min(depths)} to {max(depths)} unanswered; carried again: what was in flight, or was taken up to {ledger.oldest * 1000:.0f} ms before one"
     )
     assert not ledger.wrong, f"{len(ledger.wrong)} in {folder}/wrong: {ledger.wrong[:10]}"
     assert code == 0

@@ -198,15 +198,26 @@ def power(states: int, seed: int, jobs: int, keep: Path) -> Counter[str]:
     return total
 
 
+def unfinished(keep: Path, states: int) -> int | None:
+    """The seed of a run that was stopped before it had so many states, and found nothing wrong."""
+    for progress in sorted(keep.glob("power-*.json")):
+        count = json.loads(progress.read_text())["count"]
+        if count["states"] < states and not count.get("wrong"):
+            return int(progress.stem.partition("-")[2])
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.torture", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     cuts = commands.add_parser("power", help="power cuts")
     cuts.add_argument("--states", type=int, default=1_000_000)
-    cuts.add_argument("--seed", type=int, default=int(os.environ.get("GATEWAY_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32))
+    cuts.add_argument("--seed", type=int, help="default: that of a run that was stopped, else a new one")
     cuts.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     cuts.add_argument("--keep", type=Path, default=Path("build/torture"), help="progress, and states that failed")
     told = parser.parse_args()
+    if told.seed is None:
+        told.seed = unfinished(told.keep, told.states) or random.SystemRandom().randrange(1, 1 << 32)
     print(f"GATEWAY_SEED={told.seed}", flush=True)
     return 1 if power(told.states, told.seed, told.jobs, told.keep)["wrong"] else 0
 

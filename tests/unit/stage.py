@@ -212,6 +212,7 @@ class Stage:
         checks: Mapping[str, Check] | None = None,
         memory: int = 128 * 1024 * 1024,
         rate: float = 0.0,
+        steady: Callable[[Clock], Callable[[], float]] | None = None,
     ) -> None:
         self.told = Told()
         self.spool = StagedSpool()
@@ -233,7 +234,8 @@ class Stage:
             hostname="mx.example.net",
             observer=self.told,
             new_id=new_id,
-            clock=self.clock,
+            clock=self.clock if steady is None else steady(self.clock),
+            wall=self.clock,
         )
         self.intake = MailIntake(
             self.queue,
