@@ -38,28 +38,28 @@ class Mutant:
 
 
 ENGINE, SQLITE, CONTENT, RECORDS = (f"gateway/spool/{name}.py" for name in ("engine", "sqlite", "content", "records"))
-SPOOL = "tests/unit/test_spool.py tests/crash/test_damage.py tests/crash/test_faults.py tests/crash/test_power_cut.py"
+FAULTS, DAMAGE, SPOOL = "tests/crash/test_faults.py", "tests/crash/test_damage.py", "tests/unit/test_spool.py"
 
 MUTANTS = (
     Mutant(
-        "a1 no sync of commits", "SQLite is told not to sync the WAL", SPOOL, ((ENGINE, '"synchronous = FULL"', '"synchronous = OFF"'),)
+        "a1 no sync of commits", "SQLite is told not to sync the WAL", FAULTS, ((ENGINE, '"synchronous = FULL"', '"synchronous = OFF"'),)
     ),
     Mutant(
         "a2 no sync of content",
         "a large content's file is not synced before its row",
-        SPOOL,
+        FAULTS,
         ((CONTENT, "            self._files.fsync(self._descriptor)\n", ""),),
     ),
     Mutant(
         "a3 no sync of the folder",
         "the name of a large content's file is not synced before its row",
-        SPOOL,
+        FAULTS,
         ((CONTENT, "            self._files.fsync_dir(self._contents.folder)\n", ""),),
     ),
     Mutant(
         "a4 no proof after a failed sync",
         "451 is said after a commit that failed, and its frames stay in the WAL",
-        SPOOL,
+        FAULTS,
         ((ENGINE, "            self._prove_gone(error)\n", ""),),
     ),
     Mutant(
@@ -77,7 +77,7 @@ MUTANTS = (
     Mutant(
         "c1 no checksum of content",
         "what is read from a row is carried without being summed",
-        SPOOL,
+        DAMAGE,
         (
             (
                 RECORDS,
@@ -89,19 +89,19 @@ MUTANTS = (
     Mutant(
         "c2 no checksum of content files",
         "what is read from a file is carried without being summed",
-        SPOOL,
+        DAMAGE,
         ((CONTENT, "(total, found) == (size, sum_)", "total == size"),),
     ),
     Mutant(
         "c3 no checksum of recipients",
         "who gets it is believed as it is read",
-        SPOOL,
+        DAMAGE,
         ((RECORDS, "    if pending_sum(key, sink, part, recipients) != sum_:\n", "    if False:\n"),),
     ),
     Mutant(
         "c4 no checksum of the envelope",
         "what a message is said to be is believed as it is read",
-        SPOOL,
+        DAMAGE,
         ((RECORDS, "    if message_sum(key, id, meta, trace) != sum_:\n", "    if False:\n"),),
     ),
     Mutant(

@@ -116,7 +116,8 @@ def test_the_power_goes_at_any_time(quick_path: Path, states: int) -> None:
     assert total["held"] > states
 
 
-@pytest.mark.parametrize("what", ["the WAL", *(pytest.param(what, marks=pytest.mark.long) for what in ("content files", "names"))])
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["the WAL", "content files", "names"])
 def test_a_spool_that_does_not_sync_is_found_out(quick_path: Path, what: str) -> None:
     """The tests above can fail: this is what the syncs are for."""
 
