@@ -136,7 +136,12 @@ def test_a_spool_that_does_not_sync_is_found_out(quick_path: Path, what: str) ->
         return pragma(self, "synchronous = OFF" if what == "the WAL" and words.startswith("synchronous") else words)
 
     total: Counter[str] = Counter()
-    with mock.patch.object(recorded, "FaultyFiles", Careless), mock.patch.object(Engine, "_pragma", careless):
+    with (
+        mock.patch.object(recorded, "FaultyFiles", Careless),
+        mock.patch.object(Engine, "_pragma", careless),
+        # More of the mail in files.
+        mock.patch.object(recorded, "FILE_LIMIT", 16 * 1024 if what == "the WAL" else 500),
+    ):
         for number in range(40):
             total += lives(1, number, 60, str(quick_path), str(quick_path / "wrong"))
             if total["wrong: lost"]:
