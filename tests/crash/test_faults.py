@@ -166,6 +166,8 @@ async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path:
 async def test_without_the_proof_it_would_come_back(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: this is what the proof is for."""
     folder = tmp_path / "spool"
+    # No probe writes over what is to come back.
+    monkeypatch.setattr(sqlite, "_WATCH", 60.0)
     spool = disk.spool(folder)
     await spool.open()
     (row,) = await keep(spool)
