@@ -178,16 +178,21 @@ class _Entry:
         self._life = life
         self._ticket = ticket
         self._rows: list[Row] = []
+        self._late = False
 
     @property
     def size(self) -> int:
         return self._ticket.size
 
     def close(self) -> list[Row]:
+        # What was committed before may still be told after it.
+        self._late = self._life.fatal
         self._rows = self._ticket.close()
         return self._rows
 
     def stored(self, error: SpoolError | None) -> None:
+        if error is None and self._late:
+            self._life.ledger.wrong.append("promised after a commit of which nobody knows")
         if error is None:
             self._life.stored(self._rows)
         self._ticket.stored(error)
@@ -260,7 +265,6 @@ class Life:
         self._vfs = FaultyVFS(self._name, self.faults)
         self._files = FaultyFiles(self.faults)
         self._indexes: dict[tuple[str, str], set[int]] = {}
-        self._spool: _Spool | None = None
 
     @property
     def now(self) -> int:
@@ -272,8 +276,6 @@ class Life:
         """``contracts.Observer``."""
         if name in ("bug", "damaged"):
             self.ledger.wrong.append(f"{name}: {fields}")
-        elif name == "accepted" and fields["stored"] and self._spool is not None and self._spool.fatal is not None:
-            self.ledger.wrong.append(f"promised after a commit of which nobody knows: {fields}")
 
     def stored(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -359,9 +361,7 @@ class Life:
         return end
 
     async def _session(self, mails: int, clients: int) -> int:
-        spool = self._spool = _Spool(
-            self.folder, observer=self, vfs=self._name, files=self._files, minimum_free=0.0, on_fatal=self._on_fatal
-        )
+        spool = _Spool(self.folder, observer=self, vfs=self._name, files=self._files, minimum_free=0.0, on_fatal=self._on_fatal)
         spool.life = self
         try:
             await spool.open()
