@@ -418,7 +418,10 @@ class Queue:
         wall = self._wall()
         id = self._new_id(wall)
         redacted = message.envelope.requiretls and not self._lanes[self._bounces].settings.requiretls
-        excerpt = b"".join(islice(message.stored.chunks(max(1, bounce.excerpt_size(message, kind))), 1))
+        excerpt = b""
+        # Its file may be gone: a person dropped it while it was out, or the disk lost it. The news is owed all the same.
+        with contextlib.suppress(OSError):
+            excerpt = b"".join(islice(message.stored.chunks(max(1, bounce.excerpt_size(message, kind))), 1))
         octets = bounce.report(
             kind,
             message,

@@ -9,8 +9,9 @@ import pytest
 import uvloop
 
 from gateway.contracts import Pending
+from gateway.route import Route
 
-from .stage import LATER, OK, Stage, StagedSink, breathe, patience
+from .stage import LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 
 async def test_a_row_that_was_marked_while_the_spool_looked_is_not_tried_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +85,18 @@ def test_a_timer_that_fires_early_does_not_silence_the_lane() -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(story())
+
+
+async def test_content_that_cannot_be_read_any_more_still_bounces() -> None:
+    """A person dropped it while it was out, or the disk has lost the file."""
+    out, bounces = StagedSink("out"), StagedSink("bounces", OK)
+    async with Stage(out, bounces, on_failure="bounce", bounces="bounces", retry=(0.01,)) as stage:
+        stage.spool.by_itself = True
+        stage.send(content=b"Subject: x\r\n\r\n" + b"large\r\n" * 50_000, route=Route(("*",), ("out",)))
+        await patience()
+        out.settle(NEVER)
+        await patience()
+        await breathe(20)
+        assert stage.spool.rows == {}
+        (report,) = bounces.seen
+        assert b"Final-Recipient: rfc822;" in report.message.content
