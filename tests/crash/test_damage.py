@@ -282,3 +282,42 @@ def test_the_roots_of_the_tables_lie_where_the_salvage_looks(tmp_path: Path) -> 
     db.execute(f"PRAGMA page_size = {engine.PAGE_SIZE}; PRAGMA auto_vacuum = INCREMENTAL; {records.SCHEMA}")
     found = db.execute("SELECT name, rootpage FROM sqlite_schema WHERE name IN ('messages', 'pendings')").fetchall()
     assert sorted(found) == [("messages", salvage.MESSAGES_ROOT), ("pendings", salvage.PENDINGS_ROOT)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE pendings SET recipients = CAST('[1]' AS BLOB)",
+        "UPDATE pendings SET part = 2",
+        "UPDATE messages SET meta = CAST(replace(CAST(meta AS TEXT), 'user1@', 'user9@') AS BLOB)",
+        "UPDATE messages SET trace = CAST(replace(CAST(trace AS TEXT), 'mx.', 'mz.') AS BLOB)",
+        "UPDATE messages SET id = replace(id, '0190a000', '0190a001')",
+        "UPDATE messages SET content = CAST(replace(CAST(content AS TEXT), 'body', 'bady') AS BLOB)",
+    ],
+)
+async def test_each_column_that_decides_who_gets_what_is_summed(tmp_path: Path, change: str) -> None:
+    """Well-formed all of them, and not what was stored."""
+    async with opened(tmp_path) as spool:
+        await keep(spool, message(recipients=2), recipients=(0,))
+    db = apsw.Connection(str(tmp_path / "spool.db"))
+    before = db.execute("SELECT * FROM messages, pendings").fetchall()
+    db.execute(change)
+    assert db.execute("SELECT * FROM messages, pendings").fetchall() != before
+    db.close()
+    events = Events()
+    async with opened(tmp_path, observer=events) as spool:
+        for row in await spool.due("app", 1e12, 10):
+            assert await spool.load(row) is None
+        assert [row.state for row in await spool.rows()] == ["held"]
+    assert events.named("damaged")
+
+
+async def test_a_content_file_is_summed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        mail = await large(spool, b"z" * 300_000)
+        await keep(spool, mail)
+        (file,) = (tmp_path / "content").iterdir()
+        file.write_bytes(b"z" * 299_999 + b"y")
+        (row,) = await spool.due("app", 1e12, 10)
+        assert await spool.load(row) is None
+        assert [row_.state for row_ in await spool.rows()] == ["held"]
