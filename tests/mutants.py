@@ -236,7 +236,7 @@ def run(target: Path, *tests: str) -> tuple[str | None, str]:
         text=True,
         timeout=PATIENCE,
     )
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 0:
         return None, done.stdout
     return found[1] if found else "", done.stdout + done.stderr
