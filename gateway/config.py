@@ -99,6 +99,8 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)", re.ASCII)
 _DURATION_HELP = 'must be a duration like "250ms", "30s", "5m", "4h" or "5d"'
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+#: The last label of an IPv4 address in any notation: some libraries take 0x7f.1 for 127.0.0.1, others refuse it.
+_ODD_NUMBER = re.compile(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", re.ASCII | re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -265,6 +267,8 @@ def _url(value: str) -> str:
         raise ValueError(f"is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError('must be a URL like "https://app.example/inbound"')
+    if _ODD_NUMBER.search(host) and not _is_host(host):
+        raise ValueError(f"{host!r} is no IPv4 address; write four numbers from 0 to 255")
     if _CONTROLS.search(value) or " " in value:
         raise ValueError("has a space or a control character; percent-encode it")
     if parts.fragment:
@@ -645,7 +649,8 @@ class WebhookConfig(AnySink):
     """``type = "webhook"``: one POST a delivery.
 
     ``previous_secret`` signs as well while receivers change over. Without ``secret`` there is
-    no signature. ``client``: the HTTP library."""
+    no signature. ``addresses``: where it may connect to, judged on the address that a name has at
+    that moment (by aiohttp alone, whatever ``client`` is by default). ``client``: the HTTP library."""
 
     type: Literal["webhook"] = "webhook"
     url: Url
@@ -655,11 +660,17 @@ class WebhookConfig(AnySink):
     previous_secret: SigningSecret = None
     previous_secret_file: FilePath | None = None
     headers: Annotated[dict[str, str], AfterValidator(_headers), Field(repr=False)] = {}
+    addresses: Literal["any", "public"] = "any"
     client: Literal["pyreqwest", "aiohttp"] = "pyreqwest"
 
     @property
     def carries_requiretls(self) -> bool:
         return keeps_secret(self.url)
+
+    @classmethod
+    def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if table.get("addresses") == "public" and table.get("client") == "pyreqwest":
+            yield "client", 'cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'
 
 
 class Upstream(AnySink):
@@ -844,10 +855,11 @@ class AnyCheck(Table):
 
 
 class HttpCheckConfig(AnyCheck):
-    """``type = "http"``: a service of yours decides, one POST a question."""
+    """``type = "http"``: a service of yours decides, one POST a question. ``addresses``: as for a webhook."""
 
     type: Literal["http"] = "http"
     url: Url
+    addresses: Literal["any", "public"] = "any"
     secret: SigningSecret = None
     secret_file: FilePath | None = None
 

@@ -630,6 +630,18 @@ def not_yet(way: str) -> str:
         ]),
         ({"sinks": WEBHOOK + "format = 'cloudevents'"}, ['sinks.app.format: ' + not_yet('write "standard" or "raw"')]),
         ({"sinks": WEBHOOK + "format = 'rawr'"}, ["sinks.app.format: must be one of standard, raw; did you mean 'raw'?"]),
+        *(
+            (
+                {"sinks": f"[sinks.app]\ntype = 'webhook'\nurl = 'http://{host}/'"},
+                [f"sinks.app.url: '{host}' is no IPv4 address; write four numbers from 0 to 255"],
+            )
+            for host in ("2130706433", "0x7f.1", "127.1", "10.0.0.256", "0177.0.0.1")
+        ),
+        (
+            {"sinks": WEBHOOK + "addresses = 'public'\nclient = 'pyreqwest'"},
+            ['sinks.app.client: cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'],
+        ),
+        ({"sinks": WEBHOOK + "addresses = 'private'"}, ["sinks.app.addresses: must be one of any, public"]),
         ({"sinks": WEBHOOK + "client = 'x'"}, ["sinks.app.client: must be one of pyreqwest, aiohttp"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_not base64'"}, [f"sinks.app.secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_'\nprevious_secret = '%'"}, [f"sinks.app.secret: {SIGNING}", f"sinks.app.previous_secret: {SIGNING}"]),
