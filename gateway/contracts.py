@@ -14,6 +14,7 @@ what became of it later is marked there (a Mark).
 from __future__ import annotations
 
 import asyncio
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -326,11 +327,18 @@ class Pending:
 
 class SpoolError(Exception):
     """A group could not be stored. ``known``: it is proven that nothing of it will ever come
-    back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery)."""
+    back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery).
+    ``full``: there was no room for it (452), where the fault is otherwise the disk's (451)."""
 
-    def __init__(self, reason: str, known: bool) -> None:
+    def __init__(self, reason: str, known: bool, full: bool = False) -> None:
         super().__init__(reason)
         self.known = known
+        self.full = full
+
+
+def no_room(error: BaseException) -> bool:
+    """Does the operating system say that the disk, or our share of it, is full?"""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from .contracts import (
     SpoolError,
     Transaction,
     Verdict,
+    no_room,
 )
 from .message import INLINE_LIMIT, Content, Message
 from .queue import Queue
@@ -367,7 +368,7 @@ class MailDraft:
         if self._failure is not None:
             self._intake.observer.event("shed", reason=f"content could not be written: {self._failure}")
             self._intake._owed += 1
-            self.refuse(self._answer, NO_SPACE)
+            self.refuse(self._answer, NO_SPACE if no_room(self._failure) else NOT_STORED)
             return
         self._intake.receive(self, self._content(None, self._file.path), self._answer)
 
@@ -655,7 +656,7 @@ class Ticket:
         if not error.known:
             self._say(None)
             return
-        self._failed = NO_SPACE if "full" in str(error).lower() or "space" in str(error).lower() else NOT_STORED
+        self._failed = NO_SPACE if error.full else NOT_STORED
         self._phase = "over"
         self._settle_failure()
 

@@ -31,7 +31,7 @@ from typing import Any, Literal, cast
 import apsw
 import orjson
 
-from ..contracts import Pending, SpoolError
+from ..contracts import Pending, SpoolError, no_room
 from ..message import Message
 from .files import Files
 from .records import (
@@ -572,17 +572,26 @@ class Engine:
             if self._excess > 0:
                 self._vacuum(VACUUM_STEP)
         except Exception as error:
+            full = self._is_full(error)
             self._file_count = files
             self._roll_back(error)
             if isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
                 raise RefusedError(_words(error)) from error
-            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True, full=full) from error
         try:
             execute("COMMIT")
         except Exception as error:
+            full = self._is_full(error)
             self._file_count = files
             self._prove_gone(error)
-            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True, full=full) from error
+
+    def _is_full(self, error: Exception) -> bool:
+        """Asked right after the fault: SQLite calls ENOSPC of a write FULL, and all else (a quota, a
+        sync that finds no room) an I/O error whose reason only the connection knows."""
+        if isinstance(error, apsw.IOError) and self._db is not None:
+            return self._db.system_errno in (errno.ENOSPC, errno.EDQUOT)
+        return isinstance(error, apsw.FullError) or no_room(error)
 
     def _roll_back(self, cause: Exception) -> None:
         if self._db is None or not self._db.in_transaction:

@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 
 import apsw
 
-from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store
+from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store, no_room
 from ..message import Message
 from .content import Contents, SpoolFile
 from .engine import Action, Engine, Entry, Listed, Loaded, RefusedError, Writer, Written
@@ -432,7 +432,7 @@ class SqliteSpool:
 
     def _synced(self, part: _Part, _result: Any, error: Exception | None) -> None:
         if error is not None:
-            part.error = SpoolError(f"content file: {error}", known=True)
+            part.error = SpoolError(f"content file: {error}", known=True, full=no_room(error))
         part.unsynced -= 1
         if part.unsynced:
             return
