@@ -321,6 +321,8 @@ def _pattern(value: str) -> str:
         raise ValueError(f'{value!r} has no @; write "*@{value}" for a whole domain or "*" for everybody')
     if not local or not domain or _CONTROLS.search(value) or " " in domain:
         raise ValueError(f'{value!r} is no pattern; write "name@domain", "*@domain" or "*"')
+    if "@" in local and not (len(local) > 1 and local[0] == local[-1] == '"'):
+        raise ValueError(f'{value!r} has more than one @ and fits no address; only in a quoted local part ("a@b"@domain) may one stand')
     return value
 
 
@@ -1297,7 +1299,7 @@ class _Reading:
             # Its own faults are told already.
             logins["unread_authentication"] = tree.get("authentication")
         relaying = {name for name, sink in self._entries(tree, "sinks", dict).items() if _relays(sink)}
-        self.faults.extend(_cross_faults(parts, relaying))
+        self.faults.extend(_cross_faults(parts, relaying, self._entries(tree, "routes", list)))
         self.faults.extend(_login_faults(parts | logins))
         if self.faults:
             raise ConfigError(_lines(self._first_at_each_place()))
@@ -1511,9 +1513,23 @@ def _relays(table: object) -> bool:
     )
 
 
-def _cross_faults(parts: Mapping[str, Any], relaying: set[str]) -> list[Fault]:
+def _unknown_names(number: int, route: object, sinks: Iterable[str], checks: Iterable[str]) -> Iterator[Fault]:
+    """Names in an unread (perhaps faulty) route that no table has."""
+    if not isinstance(route, Mapping):
+        return
+    named: list[tuple[tuple[str | int, ...], str, Iterable[str], object]] = [(("sink",), "sinks", sinks, route.get("sink"))]
+    for key, known in (("sinks", sinks), ("checks", checks)):
+        many = route.get(key)
+        named += [((key, index), key, known, name) for index, name in enumerate(many if isinstance(many, list) else ())]
+    for place, group, known, name in named:
+        if isinstance(name, str) and name not in known:
+            yield ("routes", number, *place), f"there is no table [{group}.{name}]{_near(name, list(known))}"
+
+
+def _cross_faults(parts: Mapping[str, Any], relaying: set[str], unread: Sequence[object] = ()) -> list[Fault]:
     """What no table can see alone. A part that is None is faulty in itself: it exists, and
-    nothing more is said of it here. ``relaying``: the names of the sinks that are mail servers."""
+    nothing more is said of it here. ``relaying``: the names of the sinks that are mail servers.
+    ``unread``: the routes as they were written, the faulty ones among them; none for models."""
     faults: list[Fault] = []
     sinks: Mapping[str, AnySink | None] = parts["sinks"]
     checks: Mapping[str, AnyCheck | None] = parts["checks"]
@@ -1525,14 +1541,11 @@ def _cross_faults(parts: Mapping[str, Any], relaying: set[str]) -> list[Fault]:
     admin = parts.get("admin")
     if admin is not None and admin.address in taken and not admin.address.endswith(":0"):
         faults.append((("admin", "address"), f"{admin.address} is taken by {taken[admin.address]}"))
+    for number, route in enumerate(unread):
+        faults.extend(_unknown_names(number, route, sinks, checks))
     for number, route in _numbered(parts["routes"]):
-        for index, name in enumerate(route.carriers):
-            if name not in sinks:
-                place = ("routes", number, "sink") if route.sink is not None else ("routes", number, "sinks", index)
-                faults.append((place, f"there is no table [sinks.{name}]{_near(name, list(sinks))}"))
-        for index, name in enumerate(route.checks):
-            if name not in checks:
-                faults.append((("routes", number, "checks", index), f"there is no table [checks.{name}]{_near(name, list(checks))}"))
+        if not unread:
+            faults.extend(_unknown_names(number, route.model_dump(include={"sink", "sinks", "checks"}), sinks, checks))
         if (relay := _open_relay(route, relaying)) is not None:
             faults.append(
                 (

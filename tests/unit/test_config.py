@@ -711,6 +711,27 @@ def not_yet(way: str) -> str:
                 "routes[0].recipients[2]: 'x@' is no pattern; write \"name@domain\", \"*@domain\" or \"*\"",
             ],
         ),
+        *(
+            (
+                {"routes": f"[[routes]]\nrecipients = ['\"a@b\"@app.example', '{pattern}']\nsink = 'app'"},
+                [
+                    f"routes[0].recipients[1]: '{pattern}' has more than one @ and fits no address; "
+                    'only in a quoted local part ("a@b"@domain) may one stand'
+                ],
+            )
+            for pattern in ("a@b@app.example", "*@b@app.example", '"a@b@app.example', '"@app.example@x')
+        ),
+        (
+            {"routes": "[[routes]]\nrecipients = ['x@']\nsink = 'apps'\nchecks = ['spf', 7]\n[[routes]]\nsinks = ['app', 'none']"},
+            [
+                "routes[0].recipients[0]: 'x@' is no pattern; write \"name@domain\", \"*@domain\" or \"*\"",
+                "routes[0].checks[1]: must be text in quotes",
+                "routes[0].sink: there is no table [sinks.apps]; did you mean 'app'?",
+                "routes[0].checks[0]: there is no table [checks.spf]",
+                "routes[1].recipients: is missing; this key is needed",
+                "routes[1].sinks[1]: there is no table [sinks.none]",
+            ],
+        ),
         ({"routes": "[[routes]]\nrecipients = ['*']"}, ['routes[0].sink: names no sink; write sink = "NAME" for a table [sinks.NAME]']),
         ({"routes": ROUTE + "sinks = ['app']"}, ["routes[0].sinks: sink is given as well; keep one of the two"]),
         (
