@@ -198,6 +198,8 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         certificate_identity=listener.certificate_identity,
         binarymime=binarymime,
         requiretls=any(route.requiretls for route in table.routes),
+        # Who offers DSN promises reports (RFC 3461 §5.2); without [bounces] nobody carries them.
+        dsn=config.bounces is not None,
         client_checks=config.checks_at("client"),
         sender_checks=config.checks_at("sender"),
         recipient_checks=frozenset(config.checks_at("recipient")),

@@ -96,6 +96,7 @@ class Settings:
     long_lines: Literal["accept", "reject"] = "accept"
     bare_newlines: Literal["reject", "normalize"] = "reject"
     binarymime: bool = True
+    dsn: bool = True
     xclient: bool = False  # the client may speak for others
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
     auth: Literal["off", "offered", "required"] = "off"
@@ -118,6 +119,7 @@ class Settings:
             certificates=CERTIFICATES,
             certificate_identity=self.certificate_identity,
             requiretls=any(route.requiretls for route in self.routes),
+            dsn=self.dsn,
             tls=self.tls,
             auth=self.auth,
             auth_without_tls=self.auth_without_tls,

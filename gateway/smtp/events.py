@@ -24,8 +24,9 @@ class Rules:
     """What a listener asks of its sessions. Shared by them, replaced whole on reload;
     only ``shortage`` changes in place.
 
-    ``message_size`` in octets. ``binarymime``: every route's sink carries it; ``requiretls``: those
-    of some route do, and clients under TLS may ask for it. ``client_checks``,
+    ``message_size`` in octets. ``binarymime``: every route's sink carries it; ``dsn``: somebody
+    carries reports; ``requiretls``: the sinks of some route keep it, and clients under TLS may ask
+    for it. ``client_checks``,
     ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
     names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
     it, and with a 421 every new connection. ``mechanisms``: those of AUTH, the best first;
@@ -49,6 +50,7 @@ class Rules:
     certificates: Mapping[str, str] = field(default_factory=dict)
     certificate_identity: Literal["off", "external", "implied"] = "off"
     binarymime: bool = True
+    dsn: bool = True
     requiretls: bool = False
     client_checks: tuple[str, ...] = ()
     sender_checks: tuple[str, ...] = ()

@@ -144,15 +144,13 @@ def offer(
     hostname: str,
     message_size: int,
     recipients: int,
-    binarymime: bool,
-    starttls: bool = False,
+    keywords: tuple[str, ...],
     xclient: bool = False,
     mechanisms: tuple[str, ...] = (),
-    requiretls: bool = False,
 ) -> bytes:
-    """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
-    is trusted to speak for others. ``mechanisms``: those of AUTH that it may use now. ``requiretls``:
-    it speaks TLS, and there are ways on that keep it."""
+    """250 to EHLO and LHLO: our name, then what we offer, a line each. ``keywords``: see
+    ``esmtp.offered``. ``xclient``: this client is trusted to speak for others. ``mechanisms``: those
+    of AUTH that it may use now."""
     lines = [
         hostname,
         "PIPELINING",
@@ -161,10 +159,7 @@ def offer(
         "SMTPUTF8",
         "ENHANCEDSTATUSCODES",
         "CHUNKING",
-        *(["BINARYMIME"] if binarymime else []),
-        "DSN",
-        *(["REQUIRETLS"] if requiretls else []),
-        *(["STARTTLS"] if starttls else []),
+        *keywords,
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
         *([f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"] if xclient else []),

@@ -27,6 +27,7 @@ from ..reply import Reply
 from ..route import Route
 from . import auth, judge, replies, xclient
 from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, RESPONSE, Conversation, Verbs
+from .esmtp import may_log_in, offered
 from .events import (
     Asked,
     AuthWanted,
@@ -264,15 +265,10 @@ class ServerSession(Conversation):
         self.client = replace(self.client, helo=command.argument, protocol=self._protocol(utf8=False))
         rules = self.rules
         if esmtp:
-            clear = self.client.tls is None
-            starttls = clear and rules.tls in ("starttls", "required")
-            speaker = self._trusted and not (clear and rules.tls == "required")
-            mechanisms = self._mechanisms()
-            requiretls = judge.may_require_tls(rules, self.client)
-            offer = replies.offer(
-                rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker, mechanisms, requiretls
-            )
-            self._say(offer)
+            client = self.client
+            speaker = self._trusted and (client.tls is not None or rules.tls != "required")
+            keywords = offered(rules, client)
+            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, keywords, speaker, self._mechanisms()))
         else:
             self._say(replies.greeted(rules.hostname).wire)
 
@@ -360,7 +356,7 @@ class ServerSession(Conversation):
 
     def _mechanisms(self) -> tuple[str, ...]:
         """Those that this client may use now."""
-        if not judge.may_log_in(self.rules, self.client):
+        if not may_log_in(self.rules, self.client):
             return ()
         return auth.offered(self.rules.mechanisms, self._end_point(), self._certified())
 
@@ -519,7 +515,7 @@ class ServerSession(Conversation):
 
     def _rcpt(self, command: Command) -> None:
         transaction = self._transaction
-        refusal = judge.rcpt(transaction, self._chunk_total >= 0, command)
+        refusal = judge.rcpt(self.rules, transaction, self._chunk_total >= 0, command)
         if refusal is not None:
             if transaction is None and self._spurned:
                 self._refuse("recipient", refusal, command.address)

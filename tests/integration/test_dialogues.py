@@ -25,7 +25,9 @@ import uvloop
 from gateway import Gateway, Message, Reply
 from gateway.config import (
     Authentication,
+    Bounces,
     Config,
+    DiscardConfig,
     Limits,
     ListenerConfig,
     PythonConfig,
@@ -106,6 +108,8 @@ class House:
             for route in settings.routes
         ]
         sinks: dict[str, Any] = {"app": PythonConfig(function=self._take, concurrency=1)}
+        if settings.dsn:
+            sinks["nowhere"] = DiscardConfig()
         if not settings.binarymime or any(route.relays for route in settings.routes):
             sinks["out"] = RelayConfig(hosts=[self._upstream.address], tls="off", binarymime=settings.binarymime, on_failure="dead_letter")
             routes.append(RouteConfig(recipients=["nobody@relay.invalid"], sink="out"))
@@ -147,6 +151,7 @@ class House:
             spool=SpoolConfig(path=self._folder),
             sinks=sinks,
             routes=routes,
+            bounces=Bounces(sink="nowhere") if settings.dsn else None,
         )
 
     async def _take(self, message: Message) -> Reply | None:
