@@ -162,7 +162,10 @@ class _Aiohttp:
     def __init__(self, connections: int, refusal: Refusal | None) -> None:
         import aiohttp
 
+        from .bounded import BoundedConnector
+
         self._aiohttp = aiohttp
+        self._connector = BoundedConnector
         self._refusal = refusal
         self._connections = connections
         self._gate = asyncio.Semaphore(connections)
@@ -173,7 +176,7 @@ class _Aiohttp:
         # No connection is used twice: what a peer sends on an idle one, aiohttp takes for the answer
         # to the next request, and a mail would count as delivered that nobody has.
         session: ClientSession = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=self._connector(
                 limit=self._connections,
                 force_close=True,
                 # The system's resolver, as pyreqwest has it, whatever else is installed.

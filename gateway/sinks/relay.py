@@ -520,6 +520,12 @@ class RelaySink:
                     raise
                 self._blame(job, host, Reply.untrusted(451, f"4.4.1 cannot connect to {host.label}: {_reason(error)}"), down=True)
                 continue
+            if (ended := connection.session.ended) is not None:
+                # It spoke or was lost as it came up, before the job could reach it.
+                host.connections -= 1
+                connection.abort()
+                self._blame(job, host, ended.reply, ended.down)
+                continue
             connection.setup_until = until
             connection.acted = self.now()
             self._connections.add(connection)

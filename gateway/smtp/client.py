@@ -166,6 +166,7 @@ class ClientSession:
         "_verdicts",
         "_verified",
         "closing",
+        "ended",
         "mail_limit",
         "recipient_limit",
         "remote",
@@ -176,6 +177,8 @@ class ClientSession:
         self.remote = remote
         #: Write what is outgoing, then close.
         self.closing = False
+        #: Why it ended, where that was before any mail was begun (or between two).
+        self.ended: Unusable | None = None
         #: Mails on one connection, recipients in one transaction (LIMITS); None: nothing was said.
         self.mail_limit: int | None = None
         self.recipient_limit: int | None = None
@@ -768,6 +771,7 @@ class ClientSession:
             self._out.append(b"QUIT\r\n")
         self.closing = True
         if self._mail is None:
+            self.ended = Unusable(reply, down=True, stale=False)
             return None
         self._forget()
         return Unusable(reply, down=True, stale=False)
@@ -800,6 +804,7 @@ class ClientSession:
         """The conversation is over. ``untouched``: nothing of this mail was answered."""
         self.closing = True
         if self._mail is None:
+            self.ended = Unusable(reply, down, stale=False)
             return None
         stale = untouched and self._count > 0
         if not self._sent or untouched:

@@ -21,7 +21,7 @@ from gateway.sinks import make_sink
 from gateway.sinks.webhook import RETRY_AFTER_LIMIT, WebhookSink
 
 from ..deliveries import ID, MAIL, TRACE, Try, carried, mail, recipient
-from ..receivers import MISBEHAVIOURS, Misbehaviour, misbehaving, never_answers, receiving, redirects_to_a_200, switches_protocols
+from ..receivers import RECEIVERS, Misbehaviour, misbehaving, never_answers, receiving
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret of some thirty-two").decode()
@@ -207,7 +207,7 @@ async def test_what_the_receiver_says_is_in_the_reply_and_is_one_line() -> None:
     assert all(reply.wire.count(b"\r\n") == 1 for reply in replies)
 
 
-@pytest.mark.parametrize("behaviour", [*MISBEHAVIOURS, redirects_to_a_200, switches_protocols], ids=lambda behaviour: behaviour.__name__)
+@pytest.mark.parametrize("behaviour", RECEIVERS, ids=lambda behaviour: behaviour.__name__)
 async def test_no_misbehaving_receiver_counts_as_delivered(behaviour: Misbehaviour) -> None:
     async with misbehaving(behaviour) as url, webhook(url + "?token=secret", timeout=0.5) as sink:
         outcome = await carried(sink, mail())
