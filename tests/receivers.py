@@ -276,6 +276,14 @@ MISBEHAVIOURS: list[Misbehaviour] = [
 ]
 
 
+async def answers_before_the_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As an upstream with its 250 before the dot. Shows where the body is more than sockets hold."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+    await asyncio.sleep(60)
+
+
 # Those that give a whole answer, but not one that says the mail was taken.
 
 

@@ -59,12 +59,14 @@ class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of
 @dataclass(slots=True)
 class Answer:
     """``headers``: those of ``KEPT_HEADERS`` that were given, first value each. ``body``: its first
-    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all."""
+    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all. ``early``: it
+    came before all of the request's body had left us, so its sender cannot have had it."""
 
     status: int
     headers: dict[str, str]
     body: bytes = field(repr=False)
     whole: bool = True
+    early: bool = False
 
 
 class HttpClient(Protocol):
@@ -96,9 +98,23 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-async def _asynchronous(body: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for piece in body:
-        yield piece
+class _Departing:
+    """A body that leaves in pieces, and how much of it has not left yet."""
+
+    def __init__(self, body: Iterable[bytes] | AsyncIterable[bytes], headers: Headers) -> None:
+        self._body = body
+        #: Octets; without a length nobody can say, and none is left.
+        self.left = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        if isinstance(self._body, AsyncIterable):
+            async for piece in self._body:
+                self.left -= len(piece)
+                yield piece
+        else:
+            for piece in self._body:
+                self.left -= len(piece)
+                yield piece
 
 
 def _slices(body: bytes) -> Iterable[bytes]:
@@ -136,7 +152,12 @@ class _Pyreqwest:
             # A client is asked for the same URL nearly always, and taking it apart is not cheap.
             self._url = (url, self._parse_url(url))
         request = self._client.post(self._url[1]).headers(headers)
-        request = request.body_bytes(body) if isinstance(body, bytes) else request.body_stream(body)
+        departing = None
+        if isinstance(body, bytes):
+            request = request.body_bytes(body)
+        else:
+            departing = _Departing(body, headers)
+            request = request.body_stream(departing.pieces())
         async with request.build_streamed() as response:
             reader = response.body_reader
             pieces: list[bytes] = []
@@ -145,7 +166,8 @@ class _Pyreqwest:
                 pieces.append(bytes(piece))
                 size += len(pieces[-1])
             kept = {name: value for name in KEPT_HEADERS if (value := response.get_header(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
+            early = departing is not None and departing.left > 0
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
 
     async def close(self) -> None:
         await self._client.close()
@@ -206,8 +228,6 @@ class _Aiohttp:
         if isinstance(body, bytes) and len(body) > WHOLE:
             given.append(("content-length", str(len(body))))
             body = _slices(body)
-        if not isinstance(body, (bytes, AsyncIterable)):
-            body = _asynchronous(body)
         try:
             async with asyncio.timeout_at(deadline), self._gate:
                 return await self._exchange(self._session, url, given, body)
@@ -224,8 +244,10 @@ class _Aiohttp:
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as fault:
             raise HttpFault(_one_line(fault)) from None
 
-    async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: bytes | AsyncIterable[bytes]) -> Answer:
-        async with session.post(url, headers=headers, data=body, allow_redirects=False) as response:
+    async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: Body) -> Answer:
+        departing = None if isinstance(body, bytes) else _Departing(body, headers)
+        sent = body if departing is None else departing.pieces()
+        async with session.post(url, headers=headers, data=sent, allow_redirects=False) as response:
             pieces: list[bytes] = []
             size = 0
             async for piece in response.content.iter_any():
@@ -236,7 +258,8 @@ class _Aiohttp:
                     response.close()
                     break
             kept = {name: value for name in KEPT_HEADERS if (value := response.headers.get(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
+            early = departing is not None and departing.left > 0
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
 
     async def close(self) -> None:
         if self._session is not None:

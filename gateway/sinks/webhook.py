@@ -3,7 +3,8 @@
 Owns what an HTTP status means for mail. Knows neither the body (a format of ``gateway.mime``)
 nor the transport (``gateway.net.http``).
 
-Invariants: one answer settles all recipients. Only 2xx, read to its end, is delivered; 400,
+Invariants: one answer settles all recipients. Only 2xx, read to its end and not said before the
+message had left, is delivered; 400,
 406, 413, 415 and 422 are failed; all else, faults included, is deferred and counts against the
 sink, because a bad deploy or a rotated secret must not bounce promised mail. ``webhook-id`` is
 the id of the delivery, the same on every try. Nothing that a mail or an answer holds becomes a
@@ -114,6 +115,8 @@ class WebhookSink(AsyncSink):
 
     def _judged(self, answer: Answer) -> Outcome:
         status = answer.status
+        if 200 <= status <= 299 and answer.early:
+            return self._faulty(f"HTTP {status} before the message was sent", "4.5.0")
         if 200 <= status <= 299:
             return Outcome("delivered", Reply.ok(f"HTTP {status}"), self._remote)
         said = _said(answer)

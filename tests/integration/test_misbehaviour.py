@@ -25,12 +25,19 @@ import pytest
 
 from gateway.admin.control import call
 
-from ..receivers import RECEIVERS, Misbehaviour, answers_what_was_never_asked, misbehaving, says_two_answers_at_once
+from ..receivers import (
+    RECEIVERS,
+    Misbehaviour,
+    answers_before_the_body,
+    answers_what_was_never_asked,
+    misbehaving,
+    says_two_answers_at_once,
+)
 from ..servers import PATIENCE, GatewayProcess, wait_until
 from ..upstreams import UPSTREAMS, Rogue, Talk, injects_behind_starttls, never_shakes_hands, talks_on_instead_of_a_handshake
 
 #: Seconds for one try.
-TIMEOUT = 0.5
+TIMEOUT = 0.3
 #: Seconds beyond it until the event is told, on a busy machine.
 MARGIN = 4.0
 #: What all of them together may add to the memory of the process, in octets.
@@ -39,6 +46,8 @@ MEMORY = 48 * 2**20
 UNDER_TLS = (injects_behind_starttls, talks_on_instead_of_a_handshake, never_shakes_hands)
 #: These lay something into the connection for the request that comes next.
 TWICE = (answers_what_was_never_asked, says_two_answers_at_once)
+
+CONTENT = b"Subject: x\r\n\r\n.dot\r\n"
 
 HEAD = """
 hostname = "mx.gateway.example"
@@ -83,10 +92,13 @@ class Everybody:
                 rogue = await stack.enter_async_context(Rogue(talk))
                 tls = "required" if talk in UNDER_TLS else "off"
                 self.sinks[talk.__name__] = f'type = "relay"\nhosts = ["{rogue.address}"]\ntls = "{tls}"'
-            for behaviour in RECEIVERS:
+            for behaviour in (*RECEIVERS, answers_before_the_body):
                 url = await stack.enter_async_context(misbehaving(behaviour))
                 for client in ("pyreqwest", "aiohttp"):
-                    self.sinks[f"{behaviour.__name__}-{client}"] = f'type = "webhook"\nurl = "{url}"\nclient = "{client}"'
+                    form = "raw" if behaviour is answers_before_the_body else "standard"
+                    self.sinks[f"{behaviour.__name__}-{client}"] = (
+                        f'type = "webhook"\nurl = "{url}"\nclient = "{client}"\nformat = "{form}"'
+                    )
             self._ready.set_result(None)
             await self._over.wait()
 
@@ -145,15 +157,15 @@ def tried(control: Path, sink: str, times: int) -> bool:
     return bool(row["attempts"] >= times)
 
 
-def through(house: House, sink: str, tries: int = 1) -> None:
+def through(house: House, sink: str, tries: int = 1, content: bytes = CONTENT) -> None:
     """One mail to this sink: promised, tried so often, and still owed."""
     process = house.process
     with smtplib.SMTP("127.0.0.1", process.port, local_hostname="client.example", timeout=PATIENCE) as client:
         client.ehlo()
         client.mail("a@client.example")
         assert client.rcpt(f"b@{domain(sink)}.example")[0] == 250
-        began = time.monotonic()
-        code, text = client.data(b"Subject: x\r\n\r\n.dot\r\n")
+        code, text = client.data(content)
+    began = time.monotonic()
     assert code == 250
     id = text.decode().split()[-1]
     control = process.spool / "0" / "control.sock"
@@ -188,3 +200,9 @@ def test_no_misbehaving_upstream_counts_as_delivered(house: House, talk: Talk) -
 @pytest.mark.parametrize("behaviour", RECEIVERS, ids=lambda behaviour: behaviour.__name__)
 def test_no_misbehaving_receiver_counts_as_delivered(house: House, behaviour: Misbehaviour, client: str) -> None:
     through(house, f"{behaviour.__name__}-{client}", tries=2 if behaviour in TWICE else 1)
+
+
+@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+def test_a_200_before_the_body_was_sent_does_not_count_as_delivered(house: House, client: str) -> None:
+    """More than the sockets between us hold: what the receiver answered it cannot have read."""
+    through(house, f"answers_before_the_body-{client}", content=CONTENT + b"x" * 70 * 2**10 + b"\r\n" + (b"y" * 998 + b"\r\n") * 20_000)
