@@ -60,6 +60,7 @@ __all__ = [
     "ConfigError",
     "DiscardConfig",
     "Drain",
+    "ExtensionsConfig",
     "FileConfig",
     "HttpCheckConfig",
     "Limits",
@@ -139,6 +140,10 @@ def _rate(value: object) -> object:
     if match is None or not float(match[1]):
         raise ValueError('must be a rate like "50/s", "600/m" or "10000/h"')
     return float(match[1]) / _DURATION_UNITS[match[2]]
+
+
+def _duration_or_off(value: object) -> object:
+    return None if value == "off" else _duration(value)
 
 
 def _network(value: object) -> object:
@@ -583,6 +588,24 @@ class Retry(Table):
     expire: Deadline = 5 * 86400.0
 
 
+class ExtensionsConfig(Table):
+    """``[extensions]``: what senders may ask of the queue.
+
+    ``hold_limit``: longest hold (FUTURERELEASE), 0 for none; ``deliver_by``: shortest time for
+    BY with mode R (DELIVERBY, which wants ``[bounces]``), None for none; both in seconds. ``priorities``: whose
+    wish to be urgent counts (MT-PRIORITY); ``priorities_from``: networks whose wish does as well."""
+
+    hold_limit: Annotated[Duration, Field(le=999_999_999)] = 30 * 86400.0
+    deliver_by: Annotated[float | None, BeforeValidator(_duration_or_off), Field(ge=0, le=999_999_999)] = 0.0
+    priorities: Literal["off", "authenticated", "everybody"] = "authenticated"
+    priorities_from: Networks = []
+
+    @classmethod
+    def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if table.get("priorities", "authenticated") != "authenticated" and table.get("priorities_from"):
+            yield "priorities_from", 'is for priorities = "authenticated"; leave one of the two out'
+
+
 class Bounces(Table):
     """``[bounces]``: who carries delivery status notifications."""
 
@@ -989,6 +1012,7 @@ class Config(Head):
     drain: Drain = Drain()
     spool: SpoolConfig = Field(default_factory=SpoolConfig)
     retry: Retry = Retry()
+    extensions: ExtensionsConfig = ExtensionsConfig()
     checks: dict[str, CheckConfig] = {}
     sinks: dict[str, SinkConfig]
     routes: list[RouteConfig]
@@ -1453,6 +1477,7 @@ _SINGLE: dict[str, type[Table]] = {
     "drain": Drain,
     "spool": SpoolConfig,
     "retry": Retry,
+    "extensions": ExtensionsConfig,
     "bounces": Bounces,
     "authentication": Authentication,
     "admin": Admin,

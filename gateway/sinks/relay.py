@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,6 +44,7 @@ from ..contracts import BROKEN, INTERRUPTED, Delivery, Outcome
 from ..message import INLINE_LIMIT
 from ..net.tls import client_context
 from ..reply import Reply
+from ..smtp import extensions
 from ..smtp.client import ClientSession, Event, Mail, Settled, Terms, TLSWanted, Unusable
 
 #: Seconds to connect to one host.
@@ -121,6 +123,7 @@ class Job:
         message = self.delivery.message
         recipients = self.delivery.recipients
         stored = message.stored
+        timed = extensions.deadline(message)
         return Mail(
             mail_from=message.envelope.mail_from,
             params=message.envelope.mail_params,
@@ -128,6 +131,9 @@ class Job:
             size=len(message.trace) + stored.size,
             eight_bit=stored.eight_bit or not message.trace.isascii(),
             octets=message.trace + stored.read() if stored.path is None else None,
+            by=None if timed is None else timed[1],
+            elapsed=lambda: time.time() - message.received_at,
+            priority=extensions.traced_priority(message.envelope, message.priority),
         )
 
     def pieces(self) -> Iterator[bytes]:

@@ -4,7 +4,8 @@ Owns the grammar of the values; the keywords were taken apart by the parser. Dec
 nothing: None is well, a Reply refuses. Keywords come in upper case.
 
 SIZE RFC 1870, BODY RFC 6152 and RFC 3030, SMTPUTF8 RFC 6531, RET ENVID NOTIFY ORCPT RFC 3461
-(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5, REQUIRETLS RFC 8689 §2.
+(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5, REQUIRETLS RFC 8689 §2. What is asked of the
+queue stands in ``extensions.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..message import Client, Params
 from ..reply import Reply
 from . import replies
 from .events import Rules
+from .extensions import KEYWORDS
 
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")
 #: RFC 6533 §3: in a transaction with SMTPUTF8 an address of type utf-8 may be said as it is.
@@ -43,13 +45,20 @@ def offered(rules: Rules, client: Client) -> tuple[str, ...]:
         *(["BINARYMIME"] if rules.binarymime else []),
         *(["DSN"] if rules.dsn else []),
         *(["REQUIRETLS"] if may_require_tls(rules, client) else []),
+        *rules.extensions.offered(rules.protocol, client),
         *(["STARTTLS"] if client.tls is None and rules.tls in ("starttls", "required") else []),
     )
 
 
 def mail_parameters(params: Params, rules: Rules, client: Client) -> Reply | None:
     """What was not offered to this client is unknown."""
+    if not KEYWORDS.isdisjoint(params):
+        refusal = rules.extensions.refusal(params, rules.extensions.may_hold(rules.protocol, client))
+        if refusal is not None:
+            return refusal
     for keyword, value in params.items():
+        if keyword in KEYWORDS:
+            continue
         judge = _MAIL.get(keyword)
         if judge is None or not _may_say(keyword, rules, client):
             return replies.PARAMETER_UNKNOWN

@@ -15,6 +15,7 @@ from ..message import Client
 from ..reply import Reply
 from ..route import Routes
 from ..senders import Senders
+from .extensions import NOTHING, Extensions
 
 Stage = Literal["connect", "auth", "mail", "recipient", "data", "command"]
 
@@ -52,6 +53,7 @@ class Rules:
     binarymime: bool = True
     dsn: bool = True
     requiretls: bool = False
+    extensions: Extensions = NOTHING
     client_checks: tuple[str, ...] = ()
     sender_checks: tuple[str, ...] = ()
     recipient_checks: frozenset[str] = frozenset()

@@ -113,6 +113,8 @@ def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route
     route = rules.routes.find(command.local, command.domain, transaction.client)
     if isinstance(route, Route) and not route.requiretls and transaction.envelope.requiretls:
         return replies.NO_REQUIRETLS
+    if isinstance(route, Route) and route.acknowledge == "delivered" and transaction.envelope.held:
+        return replies.CANNOT_HOLD
     if isinstance(route, Reply) or not routes or route is routes[0] or _same_promise(route, routes[0]):
         return route
     return replies.OTHER_PROMISE

@@ -64,6 +64,14 @@ BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
 BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
 BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
 BAD_AUTH: Final = Reply(501, "5.5.4", "AUTH is a mailbox in xtext or <>")
+BAD_HOLDFOR: Final = Reply(501, "5.5.4", "HOLDFOR wants a number of seconds, at most nine digits")
+BAD_HOLDUNTIL: Final = Reply(501, "5.5.4", "HOLDUNTIL wants a time like 2030-01-31T08:00:00Z")
+HOLD_TWICE: Final = Reply(501, "5.5.4", "say HOLDFOR or HOLDUNTIL, not both")
+HOLD_PAST: Final = Reply(501, "5.5.4", "HOLDUNTIL is in the past")
+BAD_BY: Final = Reply(501, "5.5.4", "BY wants seconds and a mode, like 3600;R or 3600;NT")
+BY_OVER: Final = Reply(501, "5.5.4", "BY with mode R wants a time above 0")
+BY_BEFORE_RELEASE: Final = Reply(501, "5.5.4", "BY ends before the message would be released")
+BAD_PRIORITY: Final = Reply(501, "5.5.4", "MT-PRIORITY is a number from -9 to 9")
 BAD_ORCPT: Final = Reply(501, "5.5.4", "ORCPT is an address type, a semicolon and xtext, at most 500 octets")
 
 # ----------------------------------------------------------------------- order
@@ -99,6 +107,7 @@ TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 # --------------------------------------------------------------------- recipients
 
 TOO_MANY_RECIPIENTS: Final = Reply(452, "4.5.3", "too many recipients, send the rest in another transaction")
+CANNOT_HOLD: Final = Reply(550, "5.3.3", "mail to this recipient is delivered before it is acknowledged, it cannot be held")
 OTHER_PROMISE: Final = Reply(452, "4.5.3", "recipient is acknowledged otherwise than the first, send it in another transaction")
 
 NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the way on from here cannot promise TLS")
@@ -173,6 +182,24 @@ def offer(
 def over_limit(limit: int) -> Reply:
     """552 for a message over ``limit`` octets."""
     return Reply(552, "5.3.4", f"message over the limit of {limit} octets")
+
+
+@lru_cache(maxsize=64)
+def hold_over_limit(seconds: int) -> Reply:
+    """501 for a release later than in ``seconds``."""
+    return Reply(501, "5.5.4", f"mail is held for at most {seconds} seconds")
+
+
+@lru_cache(maxsize=64)
+def by_under_minimum(seconds: int) -> Reply:
+    """555 for BY with mode R below the minimum (RFC 2852: 55z)."""
+    return Reply(555, "5.5.4", f"BY with mode R is for at least {seconds} seconds")
+
+
+@lru_cache(maxsize=64)
+def priority_changed(priority: int) -> Reply:
+    """250 for a mail that gets another priority than it asked for (RFC 6710: the new one comes first)."""
+    return Reply(250, "2.3.6", f"{priority} is the priority of this mail, log in to raise it")
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
 3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS), 8689 (REQUIRETLS),
-4954 (AUTH; the mechanisms stand in ``auth.py``). XCLIENT and XFORWARD: Postfix.
+4954 (AUTH; the mechanisms stand in ``auth.py``), 4865, 2852 and 6710 (``extensions.py``). XCLIENT and XFORWARD: Postfix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..contracts import Judgement, Login, Question, Transaction, Verdict
 from ..message import TLS, Client, Envelope
 from ..reply import Reply
 from ..route import Route
-from . import auth, judge, replies, xclient
+from . import auth, extensions, judge, replies, xclient
 from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, RESPONSE, Conversation, Verbs
 from .esmtp import may_log_in, offered
 from .events import (
@@ -155,7 +155,7 @@ class ServerSession(Conversation):
         if isinstance(verdict.facts, dict):
             transaction.facts.setdefault("checks", {}).update(verdict.facts)
         self._spurned = False
-        self._say(_SENDER_OK)
+        self._say(_sender_ok(transaction))
 
     def _settle_recipient(self, question: Question, verdict: Verdict) -> None:
         transaction, route, recipient = self._transaction, self._route, question.recipient
@@ -501,6 +501,8 @@ class ServerSession(Conversation):
         transaction = Transaction(number, self.session, self.listener, client, Envelope(address, params, []))
         transaction.lmtp = rules.protocol == "lmtp"
         transaction.submission = rules.protocol == "submission"
+        if "MT-PRIORITY" in params:
+            transaction.priority = rules.extensions.priority(params, client)
         if self._facts:
             transaction.facts["checks"] = dict(self._facts)
         if self._forwarded is not None:
@@ -511,7 +513,7 @@ class ServerSession(Conversation):
             self._ask(SenderAsked(Question("sender", client, self.listener, sender=address), rules.sender_checks))
         else:
             self._spurned = False
-            self._say(_SENDER_OK)
+            self._say(_sender_ok(transaction))
 
     def _rcpt(self, command: Command) -> None:
         transaction = self._transaction
@@ -740,6 +742,12 @@ _LMTP: Verbs = {
 _WELCOME_IN_CLEAR = ("EHLO", "LHLO", "NOOP", "QUIT", "STARTTLS", "BDAT", "PROXY")
 _SMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _SMTP.items()}
 _LMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _LMTP.items()}
+
+
+def _sender_ok(transaction: Transaction) -> bytes:
+    if extensions.priority_changed(transaction.envelope.mail_params, transaction.priority):
+        return replies.priority_changed(transaction.priority).wire
+    return _SENDER_OK
 
 
 def _verbs(rules: Rules, client: Client) -> Verbs:

@@ -185,6 +185,11 @@ _DELETE_SETTLED = f"DELETE FROM messages WHERE {_WITHOUT_PENDINGS}"
 _DUE = f"""
 SELECT {PENDING_READ}, (SELECT CAST(id AS BLOB) FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p
 WHERE sink = ? AND state = 'queued' AND priority = ? AND due <= ? ORDER BY due LIMIT ?"""
+_DOWN = f"""
+SELECT {PENDING_READ}, (SELECT CAST(id AS BLOB) FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p INDEXED BY pendings_down
+WHERE sink = ? AND state = 'queued' AND down = 1 AND due > ? LIMIT ?"""
+#: Of so many rows that are read at once one is sure for each priority that waits (there may be 19).
+SHARE = 32
 _NEXT_PRIORITY = "SELECT max(priority) FROM pendings WHERE sink = ? AND state = 'queued' AND priority < ?"
 _NEXT_DUE = "SELECT min(due) FROM pendings WHERE sink = ? AND state = 'queued' AND priority = ? AND due > ?"
 
@@ -696,28 +701,47 @@ class Engine:
 
     # ------------------------------------------------------------------------------- reading
 
-    def due(self, sink: str, before: float, limit: int) -> tuple[list[Pending], list[tuple[int, str]]]:
+    def due(self, sink: str, before: float, limit: int, down: bool = False) -> tuple[list[Pending], list[tuple[int, str]]]:
         """The rows, and those found damaged ``(key, why)`` (set aside already)."""
-        found: list[Pending] = []
+        by_priority: list[list[Pending]] = []
         damaged: list[tuple[int, str]] = []
+        share = limit // SHARE
+        room = limit
         priority: int | None = 1 << 31
-        while len(found) < limit:
+        while room > 0 or share:
             # One seek per priority that is in use; rows not yet due are never walked.
             ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
             if priority is None:
                 break
-            for *row, message_id in self._at.execute(_DUE, (sink, priority, before, limit - len(found))).fetchall():
-                key = cast(int, row[0])
-                if message_id is None:
-                    damaged.append((key, "its message is missing"))
-                    continue
-                try:
-                    found.append(unpack_pending(tuple(row), text(message_id)))
-                except DamagedError as error:
-                    damaged.append((key, str(error)))
+            read = self._at.execute(_DUE, (sink, priority, before, max(room, share))).fetchall()
+            by_priority.append(self._unpacked(read, damaged))
+            room -= len(by_priority[-1])
+        found: list[Pending] = []
+        spare = limit - sum(min(len(rows), share) for rows in by_priority)
+        for rows in by_priority:
+            sure = min(len(rows), share)
+            more = min(len(rows) - sure, spare)
+            found += rows[: sure + more]
+            spare -= more
+        if down and len(found) < limit:
+            found += self._unpacked(self._at.execute(_DOWN, (sink, before, limit - len(found))).fetchall(), damaged)
         for key, why in damaged:
             self.set_aside([key], why)
         return found, damaged
+
+    @staticmethod
+    def _unpacked(rows: Sequence[Sequence[Value]], damaged: list[tuple[int, str]]) -> list[Pending]:
+        found = []
+        for *row, message_id in rows:
+            key = cast(int, row[0])
+            if message_id is None:
+                damaged.append((key, "its message is missing"))
+                continue
+            try:
+                found.append(unpack_pending(tuple(row), text(message_id)))
+            except DamagedError as error:
+                damaged.append((key, str(error)))
+        return found
 
     def next_due(self, sink: str, after: float) -> float | None:
         earliest: float | None = None
@@ -886,7 +910,13 @@ class Engine:
         """One batch: ``(rows changed, key to go on after or 0, content files that are gone)``."""
         reach = {"retry": ("queued", "held", "dead"), "hold": ("queued",), "release": ("held",), "drop": ("queued", "held", "dead")}[action]
         rows = self.select(sink, state, ids, after, BATCH)
-        keys = [key for key, pending, *_ in rows if text(pending[2]) in reach]
+        # "All of this sink, now" is not meant for what its sender wants held until later: not tried, and not due.
+        parked = action == "retry" and ids is None
+        keys = [
+            key
+            for key, pending, *_ in rows
+            if text(pending[2]) in reach and not (parked and pending[2] == b"queued" and not pending[7] and cast(float, pending[4]) > now)
+        ]
         delta: list[tuple[str, str, int, int]] = []
         files: list[str] = []
 

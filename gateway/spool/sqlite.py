@@ -252,8 +252,8 @@ class SqliteSpool:
         self._loads.setdefault(pending.message_key, []).append(future)
         return await future
 
-    async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
-        found, damaged = await self._call(self._engine.due, sink, before, limit)
+    async def due(self, sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
+        found, damaged = await self._call(self._engine.due, sink, before, limit, down)
         for key, why in damaged:
             self._observer.event("damaged", row=key, sink=sink, reason=why)
         return found
