@@ -596,7 +596,7 @@ class ExtensionsConfig(Table):
     wish to be urgent counts (MT-PRIORITY); ``priorities_from``: networks whose wish does as well."""
 
     hold_limit: Annotated[Duration, Field(le=999_999_999)] = 30 * 86400.0
-    deliver_by: Annotated[float | None, BeforeValidator(_duration_or_off), Field(ge=0, le=999_999_999)] = 0.0
+    deliver_by: Annotated[Annotated[float, Field(ge=0, le=999_999_999)] | None, BeforeValidator(_duration_or_off)] = 0.0
     priorities: Literal["off", "authenticated", "everybody"] = "authenticated"
     priorities_from: Networks = []
 

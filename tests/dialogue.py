@@ -108,7 +108,6 @@ class Settings:
     certificate_identity: Literal["off", "external", "implied"] = "off"  # @tls shows a certificate of alice's
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",), requiretls=True),)
     extensions: bool = False
-    routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",)),)
 
     def rules(self) -> Rules:
         return Rules(

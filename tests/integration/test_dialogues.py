@@ -28,6 +28,7 @@ from gateway.config import (
     Bounces,
     Config,
     DiscardConfig,
+    ExtensionsConfig,
     Limits,
     ListenerConfig,
     PythonConfig,
@@ -40,6 +41,7 @@ from gateway.smtp.lockout import Lockout
 
 from ..dialogue import (
     CERTIFICATES,
+    EXTENSIONS,
     HOSTNAME,
     MECHANISMS,
     SENDERS,
@@ -146,6 +148,8 @@ class House:
             senders=SENDERS if settings.senders else {},
             client_certificates=CERTIFICATES,
             authentication=Authentication(mechanisms=MECHANISMS),
+            # Dialogues that want these have a clock of their own (see _live).
+            extensions=ExtensionsConfig(hold_limit=0.0, deliver_by=None, priorities="off"),
             # Some dialogues want smaller limits than an operator may set.
             limits=Limits.model_construct(**limits),
             spool=SpoolConfig(path=self._folder),
@@ -165,6 +169,8 @@ class House:
         async def live() -> None:
             try:
                 async with Gateway(self.config(), telemetry=self.telemetry) as gateway:
+                    if self._settings.extensions:
+                        gateway._listeners[0].rules.extensions = EXTENSIONS
                     self._gateway = gateway
                     self._loop = asyncio.get_running_loop()
                     self._port.set_result(gateway.port)
