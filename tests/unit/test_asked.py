@@ -13,7 +13,7 @@ from gateway.queue import EXPIRY_SWEEP, LONGEST_SLEEP, WINDOW
 from gateway.reply import Reply
 from gateway.route import Route
 
-from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe
+from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 APP = Route(("*",), ("app",))
 START = 1_800_000_000.0
@@ -158,6 +158,10 @@ async def test_a_lane_that_is_down_wakes_for_a_release_and_only_then() -> None:
         stage.queue.kick("app", probe=True)
         await breathe(20)
         assert lane.dormant
+        assert lane.timer is not None
+        lane.timer.cancel()
+        stage.queue._timed(lane)  # armed for a probe, when there was something to probe with
+        await breathe(20)
         assert lane.timer is not None, "the release is waited for"
         assert lane.timer.when() - stage.queue._loop.time() == pytest.approx(LONGEST_SLEEP, abs=1), "and nothing is asked until then"
         assert app.out == []
@@ -172,12 +176,16 @@ async def test_a_lane_with_nothing_to_probe_with_learns_of_what_comes_back() -> 
     async with Stage(app, retry=(3600.0,)) as stage:
         ask(stage, HOLDFOR="60000")
         ask(stage, "now@us.example")
-        await breathe(20)
+        await patience()
         stage.spool.commit()
         app.settle(DOWN)
         stage.queue.kick("app", probe=True)
         await breathe(20)
         lane = stage.queue._lanes["app"]
+        assert lane.timer is not None
+        lane.timer.cancel()
+        stage.queue._timed(lane)
+        await breathe(20)
         assert lane.dormant, "the one that could probe is not marked yet"
         stage.spool.sync_marks()
         assert lane.timer is not None

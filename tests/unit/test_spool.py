@@ -477,6 +477,48 @@ async def test_due_is_by_priority_then_time_and_only_what_is_due(tmp_path: Path)
         assert await spool.next_due("nobody", 0) is None
 
 
+async def test_each_priority_that_waits_has_a_share_of_every_look(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        for number in range(70):
+            await keep(spool, message(id=f"high {number}"), "app", priority=9, due=float(number))
+        for priority in (3, 0, -9):
+            for number in range(10):
+                await keep(spool, message(id=f"{priority} {number}"), "app", priority=priority, due=float(number))
+        await keep(spool, message(id="not yet"), "app", priority=-1, due=5000.0)
+
+        async def look(limit: int) -> list[str]:
+            return [row.message_id for row in await spool.due("app", 100.0, limit)]
+
+        assert await look(10) == [f"high {number}" for number in range(10)], "a small look is strict"
+        wanted = [f"high {number}" for number in range(58)] + ["3 0", "3 1", "0 0", "0 1", "-9 0", "-9 1"]
+        assert await look(64) == wanted
+        assert len(await look(96)) == 96
+        assert len(await look(1000)) == 100, "all that is due, and nothing else"
+
+
+async def test_what_waits_for_the_sink_can_probe_it_and_nothing_else_that_is_not_due(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await keep(spool, message(id="held by its sender"), "app", priority=9, due=5000.0)
+        await keep(spool, message(id="waits"), "app", due=4000.0, down=True, attempts=1)
+        await keep(spool, message(id="waits elsewhere"), "out", due=4000.0, down=True, attempts=1)
+        assert await spool.due("app", 100.0, 5) == []
+        assert [row.message_id for row in await spool.due("app", 100.0, 5, down=True)] == ["waits"]
+        await keep(spool, message(id="due"), "app", due=50.0)
+        assert [row.message_id for row in await spool.due("app", 100.0, 5, down=True)] == ["due", "waits"]
+        assert [row.message_id for row in await spool.due("app", 100.0, 1, down=True)] == ["due"]
+
+
+async def test_retrying_a_whole_sink_leaves_alone_what_its_sender_wants_held(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await keep(spool, message(id="parked"), "app", due=5000.0, expires_at=9000.0)
+        await keep(spool, message(id="deferred"), "app", due=5000.0, expires_at=9000.0, attempts=1)
+        await keep(spool, message(id="aside"), "app", due=5000.0, expires_at=9000.0, state="held")
+        assert await spool.change(None, "retry", sink="app", now=100.0) == 2
+        assert sorted(row.message_id for row in await spool.due("app", 100.0, 5)) == ["aside", "deferred"]
+        assert await spool.change(["parked"], "retry", now=100.0) == 1, "a person may name it"
+        assert len(await spool.due("app", 100.0, 5)) == 3
+
+
 async def test_wake_makes_due_what_waits_for_its_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BATCH", 3)
     async with opened(tmp_path) as spool:
