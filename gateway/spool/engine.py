@@ -128,7 +128,8 @@ class Opened:
 
 @dataclass(slots=True)
 class Listed:
-    """One row for a person. ``id``: the delivery's, ``message_id``: the message's."""
+    """One row for a person. ``id``: the delivery's, ``message_id``: the message's. ``not_before``:
+    its sender wants it held until then, 0 for no such wish."""
 
     id: str
     message_id: str
@@ -142,6 +143,8 @@ class Listed:
     received_at: float
     expires_at: float
     note: str
+    priority: int = 0
+    not_before: float = 0.0
 
 
 @dataclass(slots=True)
@@ -881,9 +884,9 @@ class Engine:
                 row = unpack_pending(pending, id)
                 told: dict[str, Any] = orjson.loads(meta)
                 addresses = [told["recipients"][number][0] for number in row.recipients]
-                mail_from, received_at = told["mail_from"], told["received_at"]
+                mail_from, received_at, not_before = told["mail_from"], told["received_at"], told["not_before"]
             except (DamagedError, ValueError, TypeError, KeyError, IndexError):
-                addresses, mail_from, received_at = [], "", 0.0
+                addresses, mail_from, received_at, not_before = [], "", 0.0, 0.0
                 row = Pending(id, text(pending[1]), (), cast(float, pending[4]), cast(float, pending[5]))
                 row.state, row.note = cast(Any, text(pending[2])), text(pending[11])
             result.append(
@@ -900,6 +903,8 @@ class Engine:
                     received_at,
                     row.expires_at,
                     row.note,
+                    row.priority,
+                    not_before,
                 )
             )
         return result

@@ -51,7 +51,7 @@ def fields(told: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("params", [{"HOLDFOR": "600"}, {"HOLDUNTIL": "2027-01-15T08:10:00Z"}])
-async def test_a_hold_is_kept_to_the_second_and_acknowledged_by_the_spool(params: dict[str, str]) -> None:
+async def test_a_hold_is_kept_to_the_second_and_acknowledged_by_the_spool(params: dict[str, Any]) -> None:
     app = StagedSink("app", OK)
     async with Stage(app, expire=3600.0) as stage:
         ask(stage, **params)

@@ -285,6 +285,7 @@ def test_explain_what_is_taken(file: Path) -> None:
         "auth      off\n"
         "limits    10000 connections, 100 of one client; 26214400 octets, 1000 recipients; 300 s between commands, 300 s for one, "
         "180 s of silence and 500 octets a second in content\n"
+        "may ask   DELIVERBY; MT-PRIORITY\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"
         "route     routes[0]: '*@app.example', 'postmaster@mx.example.net', acknowledge durable\n"
         "sinks     app (discard)\n"
@@ -466,6 +467,8 @@ def test_queue_rows_as_json(spool: Path) -> None:
         "received_at": NOW - 3600,
         "expires_at": NOW + 86400,
         "note": "",
+        "priority": 0,
+        "not_before": 0.0,
     }
 
 
