@@ -319,7 +319,7 @@ class Queue:
             lane.ready.insert(place, pending)
             self._pump(lane)
         else:
-            self._expect(lane, pending.due)
+            self._expect(lane, pending.due, pending.down)
 
     def _overtakes(self, lane: Lane, pending: Pending) -> bool:
         """It need not wait behind what was read ahead. So many may between two looks at the spool
@@ -529,10 +529,7 @@ class Queue:
             if lane.looking:
                 lane.marked.add(pending.key)
             if pending.recipients and pending.state == "queued":
-                self._expect(lane, pending.due)
-                if lane.dormant and pending.down:
-                    lane.dormant = False
-                    self._arm(lane)
+                self._expect(lane, pending.due, pending.down)
         self.follow_up(follow)
 
     def _tell(self, delivery: Delivery, outcomes: Sequence[Outcome], seconds: float) -> None:
@@ -579,6 +576,7 @@ class Queue:
             if not lane.paused:
                 # Whoever ends the pause finds a lane that is down: it probes before all go out.
                 lane.paused = lane.down = True
+                lane.dormant = False
                 lane.down_since = now
                 self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
             return
@@ -592,6 +590,7 @@ class Queue:
             return
         else:
             lane.down = True
+            lane.dormant = False
             lane.down_since = now
             lane.probe_delay = PROBE_FIRST
             self._observer.event("sink_down", sink=lane.sink.name, reason=str(outcome.reply))
@@ -625,8 +624,11 @@ class Queue:
 
     # ------------------------------------------------------------- scheduling
 
-    def _expect(self, lane: Lane, due: float) -> None:
-        """A row outside ``busy`` is due at ``due``."""
+    def _expect(self, lane: Lane, due: float, down: bool = False) -> None:
+        """A row outside ``busy`` is due at ``due``. ``down``: it can probe the sink before that."""
+        if down and lane.dormant:
+            lane.dormant = False
+            self._arm(lane)
         if due < lane.earliest:
             lane.earliest = due
             if due <= self.clock():

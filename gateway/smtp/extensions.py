@@ -112,9 +112,9 @@ class Extensions:
     def _trusts(self, client: Client) -> bool:
         if self.priorities == "everybody" or client.user is not None:
             return True
-        if client.ip is None or not self.priorities_from:
+        if not self.priorities_from:
             return False
-        address = ip_address(client.ip)
+        address = ip_address(client.ip or "127.0.0.1")  # a unix socket
         mapped = getattr(address, "ipv4_mapped", None)
         return any((mapped or address) in network for network in self.priorities_from)
 

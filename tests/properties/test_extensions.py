@@ -13,7 +13,7 @@ from gateway.message import Client
 from gateway.smtp.extensions import LARGEST, SKEW, Extensions, deliver_by_of, priority_of, release_of
 
 NOW = 1_800_000_000.0
-RULES = Extensions(3600.0, 10.0, "authenticated", (ip_network("10.0.0.0/8"),), lambda: NOW)
+RULES = Extensions(3600.0, 10.0, "authenticated", (ip_network("10.0.0.0/8"), ip_network("127.0.0.0/8")), lambda: NOW)
 #: Nearly right, and anything.
 NUMBERS = st.from_regex(r"[+-]?[0-9]{0,11}", fullmatch=True)
 ANYTHING = st.text(st.sampled_from(string.digits + "+-;:.RNTrntZz \u0661\u00b2"), max_size=24)
@@ -128,7 +128,7 @@ def test_priority_is_one_digit_with_or_without_a_minus(value: str) -> None:
 @given(st.integers(-9, 9), st.sampled_from([None, "10.1.2.3", "::ffff:10.1.2.3", "192.0.2.1"]), st.booleans())
 def test_nobody_raises_his_own_priority_without_trust(wish: int, ip: str | None, login: bool) -> None:
     client = Client(ip, user="alice" if login else None)
-    trusted = login or ip in ("10.1.2.3", "::ffff:10.1.2.3")
+    trusted = login or ip in (None, "10.1.2.3", "::ffff:10.1.2.3")
     params = {"MT-PRIORITY": str(wish)}
     assert RULES.priority(dict(params), client) == (wish if trusted else min(wish, 0))
     assert Extensions(priorities="everybody").priority(dict(params), client) == wish

@@ -195,6 +195,31 @@ async def test_a_lane_with_nothing_to_probe_with_learns_of_what_comes_back() -> 
         assert [delivery.recipients[0].local for delivery in app.out] == ["now"]
 
 
+async def test_a_new_message_that_finds_the_sink_still_down_probes_it_further() -> None:
+    app = StagedSink("app")
+    async with Stage(app, retry=(3600.0,)) as stage:
+        stage.spool.by_itself = True
+        ask(stage, HOLDFOR="60000")
+        ask(stage, "now@us.example")
+        await breathe(20)
+        app.settle(DOWN)
+        await breathe(20)
+        (key,) = [key for key, (_message, pending) in stage.spool.rows.items() if pending.attempts]
+        del stage.spool.rows[key]
+        stage.queue.kick("app", probe=True)
+        await breathe(20)
+        lane = stage.queue._lanes["app"]
+        assert lane.dormant
+        ask(stage, "next@us.example")
+        await breathe(20)
+        assert [delivery.recipients[0].local for delivery in app.out] == ["next"], "it is the probe"
+        app.settle(DOWN)
+        await breathe(20)
+        assert not lane.dormant
+        assert lane.timer is not None
+        assert lane.timer.when() - stage.queue._loop.time() < 3.0
+
+
 async def test_what_is_held_is_there_after_a_restart() -> None:
     app = StagedSink("app", OK)
     async with Stage(app) as stage:
