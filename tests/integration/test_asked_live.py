@@ -83,8 +83,6 @@ def test_a_hold_outlives_a_restart_and_ends_on_time(gateway: Start) -> None:
         release = int(time.time()) + 5
         send(process.port, "until@away.example", f"HOLDUNTIL={datetime.fromtimestamp(release, UTC):%Y-%m-%dT%H:%M:%SZ}")
         send(process.port, "for@away.example", "HOLDFOR=3000")
-        send(process.port, "now@away.example")
-        out.wait(1)
         # Killed, not drained: what was acknowledged is on the disk.
         process.kill()
         process.start()
@@ -92,14 +90,14 @@ def test_a_hold_outlives_a_restart_and_ends_on_time(gateway: Start) -> None:
         assert held["for@away.example"]["attempts"] == 0
         assert held["for@away.example"]["due"] == held["for@away.example"]["not_before"] > time.time() + 2000
         assert change(process, "retry", "--sink", "out").startswith("0 changed"), "what is held is not what a whole sink owes"
-        taken = out.wait(2)
+        taken = out.wait(1)
         tried = process.event("attempted")
         assert datetime.fromisoformat(tried["time"]).timestamp() >= release
-        assert [each.recipients for each in taken] == [["<now@away.example>"], ["<until@away.example>"]]
-        assert "HOLD" not in taken[1].mail, "a hold that is over is nobody else's"
+        assert [each.recipients for each in taken] == [["<until@away.example>"]]
+        assert "HOLD" not in taken[0].mail, "a hold that is over is nobody else's"
         # A person may send it earlier, by its name.
         change(process, "retry", held["for@away.example"]["message_id"])
-        assert out.wait(3)[2].recipients == ["<for@away.example>"]
+        assert out.wait(2)[1].recipients == ["<for@away.example>"]
 
 
 def test_an_outage_ends_and_the_backlog_goes_by_priority(gateway: Start) -> None:
