@@ -187,6 +187,7 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         protocol=listener.protocol,
         message_size=config.limits.message_size,
         recipients=config.limits.recipients,
+        null_sender_recipients=config.limits.null_sender_recipients,
         hops=config.limits.hops,
         long_lines=listener.long_lines,
         bare_newlines=listener.bare_newlines,

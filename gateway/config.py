@@ -512,7 +512,7 @@ class ListenerConfig(Table):
     auth_without_tls: bool = False
     proxy_protocol_from: Networks = []
     xclient_from: Networks = []
-    bare_newlines: Literal["reject", "normalize"] = "reject"
+    bare_newlines: Literal["reject", "disconnect", "normalize"] = "reject"
     long_lines: Literal["accept", "reject"] = "accept"
 
     @classmethod
@@ -548,12 +548,15 @@ class ListenerConfig(Table):
 class Limits(Table):
     """``[limits]``: what one client, one mail and one process may take (promise 5).
 
+    ``null_sender_recipients``: of one mail from <>; unless set, as of any other.
+
     Defaults of the time-outs: RFC 5321 §4.5.3.2. ``minimum_rate`` in octets a second,
     demanded of content after 30 s. ``memory``: octets of content that one worker holds in
     memory before it stops reading from clients."""
 
     message_size: Annotated[Size, Field(ge=1)] = 25 * 2**20
     recipients: Annotated[int, Field(ge=1)] = 1000
+    null_sender_recipients: Annotated[int, Field(ge=1)] | None = None
     connections: Annotated[int, Field(ge=1)] = 10_000
     connections_per_client: Annotated[int, Field(ge=1)] = 100
     command_timeout: Deadline = 300.0

@@ -95,9 +95,10 @@ class Settings:
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
     message_size: int = 25 * 2**20
     recipients: int = 1000
+    null_sender_recipients: int = 1000
     hops: int = 100
     long_lines: Literal["accept", "reject"] = "accept"
-    bare_newlines: Literal["reject", "normalize"] = "reject"
+    bare_newlines: Literal["reject", "disconnect", "normalize"] = "reject"
     binarymime: bool = True
     dsn: bool = True
     xclient: bool = False  # the client may speak for others
@@ -116,6 +117,7 @@ class Settings:
             protocol=self.protocol,
             message_size=self.message_size,
             recipients=self.recipients,
+            null_sender_recipients=self.null_sender_recipients,
             hops=self.hops,
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,

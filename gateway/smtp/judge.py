@@ -110,6 +110,8 @@ def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route
     routes = transaction.routes
     if len(routes) >= rules.recipients:
         return replies.TOO_MANY_RECIPIENTS
+    if rules.null_sender_recipients is not None and not transaction.envelope.mail_from and len(routes) >= rules.null_sender_recipients:
+        return replies.TOO_MANY_FOR_A_BOUNCE
     route = rules.routes.find(command.local, command.domain, transaction.client)
     if isinstance(route, Route) and not route.requiretls and transaction.envelope.requiretls:
         return replies.NO_REQUIRETLS
@@ -166,7 +168,7 @@ def content(rules: Rules, receiver: Receiver) -> Reply | None:
     """After the true end of the content. What smells of smuggling comes before what is merely too much."""
     fault = receiver.content_fault
     if fault is not None:
-        return replies.CONTENT_FAULTS[fault]
+        return content_fault(rules, fault)
     if receiver.size > rules.message_size:
         return replies.over_limit(rules.message_size)
     if receiver.hops > rules.hops:
@@ -174,3 +176,10 @@ def content(rules: Rules, receiver: Receiver) -> Reply | None:
     if rules.long_lines == "reject" and receiver.longest > TEXT_LINE:
         return replies.LONG_LINE
     return None
+
+
+def content_fault(rules: Rules, fault: str) -> Reply:
+    """For content, or a chunk of it, with a fault of the parser's (``Receiver.content_fault``)."""
+    if fault == "newline" and rules.bare_newlines == "disconnect":
+        return replies.BARE_NEWLINE_CLOSING
+    return replies.CONTENT_FAULTS[fault]

@@ -108,6 +108,7 @@ TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 
 TOO_MANY_RECIPIENTS: Final = Reply(452, "4.5.3", "too many recipients, send the rest in another transaction")
 CANNOT_HOLD: Final = Reply(550, "5.3.3", "mail to this recipient is delivered before it is acknowledged, it cannot be held")
+TOO_MANY_FOR_A_BOUNCE: Final = Reply(452, "4.5.3", "too many recipients for the null sender")
 OTHER_PROMISE: Final = Reply(452, "4.5.3", "recipient is acknowledged otherwise than the first, send it in another transaction")
 
 NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the way on from here cannot promise TLS")
@@ -115,6 +116,7 @@ NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the wa
 # ------------------------------------------------------------------------ content
 
 BARE_NEWLINE: Final = Reply(550, "5.5.2", "bare CR or LF")
+BARE_NEWLINE_CLOSING: Final = Reply(521, "5.5.2", "bare CR or LF, closing")
 NUL: Final = Reply(550, "5.6.0", "NUL in content")
 LONG_LINE: Final = Reply(550, "5.6.0", "line too long, at most 998 octets")
 LOOP: Final = Reply(554, "5.4.6", "routing loop: too many Received fields")
@@ -212,7 +214,7 @@ def chunk_over_limit(limit: int) -> Reply:
 BAD_ATTRIBUTE: Final = {name: Reply(501, "5.5.4", f"bad value of {name}") for name in (*XCLIENT, *XFORWARD)}
 
 #: After one of these the connection ends.
-CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK})
+CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK, BARE_NEWLINE_CLOSING})
 
 #: Faults of a line whatever its verb (``Command.fault``).
 LINE_FAULTS: Final = {"newline": BARE_COMMAND, "long": LINE_TOO_LONG, "flood": FLOOD, "utf8": NOT_UTF8}

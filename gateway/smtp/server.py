@@ -617,7 +617,8 @@ class ServerSession(Conversation):
         """The one reply to the whole content; in LMTP one per accepted recipient (RFC 2033 §4.2)."""
         self._abort()
         for _ in range(len(transaction.routes) - 1 if transaction.lmtp else 0):
-            self._refuse("data", reply)
+            # Only the last one may end the session.
+            self._tell(Refused("data", reply, None))
         self._fault("data", reply)
 
     # ------------------------------------------------------------------ BDAT
@@ -691,7 +692,7 @@ class ServerSession(Conversation):
         else:
             self._abort()
             self._spurned = True
-            self._fault("data", replies.CONTENT_FAULTS[receiver.content_fault])
+            self._fault("data", judge.content_fault(self.rules, receiver.content_fault))
         if self._lockstep and self._state == COMMAND:
             self._ends_group()
 

@@ -560,7 +560,7 @@ def not_yet(way: str) -> str:
                 'listeners[0].xclient_from[0]: must be a network or an address like "10.0.0.0/8", "192.0.2.7" or "2001:db8::/32"',
             ],
         ),
-        ({"listeners": LISTENER + "bare_newlines = 'accept'"}, ["listeners[0].bare_newlines: must be one of reject, normalize"]),
+        ({"listeners": LISTENER + "bare_newlines = 'accept'"}, ["listeners[0].bare_newlines: must be one of reject, disconnect, normalize"]),
         ({"listeners": LISTENER + "long_lines = 'split'"}, ["listeners[0].long_lines: must be one of accept, reject"]),
         ({"listeners": LISTENER * 2}, ["listeners[1].address: 127.0.0.1:2525 is taken by listeners[0]"]),
         # limits and the like
