@@ -283,6 +283,29 @@ async def test_old_versions_get_an_alert(mine: Certified, version: ssl.TLSVersio
         assert failed["reason"] == "unsupported protocol"
 
 
+@pytest.mark.parametrize(
+    "hello",
+    [
+        # SSL 3.0: no library at hand says it any more.
+        b"\x16\x03\x00\x00\x2d\x01\x00\x00\x29\x03\x00" + b"r" * 32 + b"\x00\x00\x02\x00\x2f\x01\x00",
+        # The same in SSL 2.0's clothes.
+        b"\x80\x1c\x01\x03\x00\x00\x03\x00\x00\x00\x10\x00\x00\x2f" + b"r" * 16,
+    ],
+    ids=["ssl3", "ssl2"],
+)
+@on_both_loops
+async def test_ssl_is_none_any_more(mine: Certified, hello: bytes) -> None:
+    """T4: an alert where there is a version to say it in, and the end."""
+    async with tls_house(mine, "implicit") as here:
+        client = await here.dial()
+        client.writer.write(hello)
+        told = await client.rest()
+        assert told[:1] == b"\x15", told
+        assert len(told) == 7, told
+        await here.empty()
+        assert len(here.told.named("tls_failed")) == 1
+
+
 @on_both_loops
 async def test_weak_ciphers_are_refused(mine: Certified) -> None:
     context = trusting(maximum_version=ssl.TLSVersion.TLSv1_2)
