@@ -674,6 +674,31 @@ async def test_an_older_schema_is_brought_forward(tmp_path: Path, monkeypatch: p
     assert rows_of(tmp_path, "PRAGMA user_version") == [(VERSION + 2,)]
 
 
+async def test_a_spool_of_the_first_schema_is_brought_forward(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        mail = await large(spool, b"z" * 300_000)
+        await keep(spool, mail)
+    db = apsw.Connection(str(tmp_path / "spool.db"))
+    db.execute("DROP INDEX messages_file; PRAGMA user_version = 1")
+    db.close()
+    async with opened(tmp_path) as spool:
+        (row,) = await spool.due("app", 1e12, 10)
+        assert await spool.load(row) is not None
+    assert rows_of(tmp_path, "SELECT name FROM sqlite_schema WHERE name = 'messages_file'") == [("messages_file",)]
+    assert rows_of(tmp_path, "PRAGMA user_version") == [(VERSION,)]
+
+
+async def test_a_start_reads_no_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A million messages are gigabytes: new mail would wait for them (as long as it takes to check a small spool whole).
+    monkeypatch.setattr(engine, "CHECK_LIMIT", 0)
+    async with opened(tmp_path) as spool:
+        await asyncio.gather(*(keep(spool, message(b"y" * 1500)) for _ in range(1000)))
+    async with opened(tmp_path) as spool:
+        assert (await spool.counts())["app", "queued"][0] == 1000
+        read = spool._engine._database.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0]
+    assert read * engine.PAGE_SIZE < (tmp_path / "spool.db").stat().st_size / 4
+
+
 async def test_a_database_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     db = apsw.Connection(str(tmp_path / "spool.db"))
     db.execute("CREATE TABLE theirs (x)")
