@@ -722,6 +722,19 @@ async def test_orphans_are_removed_and_what_is_there_is_told(tmp_path: Path) -> 
     assert events.named("recovered") == [{"messages": 1, "orphans": 1}]
 
 
+async def test_messages_are_told_not_their_rows(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        first, _ = await keep(spool, message(), "app", "archive")
+        await keep(spool, message())
+        await settle(spool, first)
+    events = Events()
+    async with opened(tmp_path, observer=events) as spool:
+        await keep(spool, message(), "app", "archive")
+    async with opened(tmp_path, observer=events):
+        pass
+    assert [event["messages"] for event in events.named("recovered")] == [2, 3]
+
+
 def modes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
 
