@@ -6,7 +6,7 @@
               the kernel's memory: with a dead sink, then with one that is back. How soon a new mail
               has its 250 (bound: 2 s), all rows are scheduled and first tries begun (60 s), and the
               worker's memory (300 MiB, resident, its highest point).
-``outage``    ``--rate`` messages a second of 1 KiB while the sink is dead, for ``--seconds``: memory.
+``outage``    ``--rate`` messages a second of 1 KiB while the sink is dead, for ``--seconds``: memory (300 MiB).
 ``herd``      100,000 deferred messages wait for a webhook that comes back: the most that it ever had
               in hand (its ``concurrency``), the most in a second (its ``rate``), copies.
 ``fairness``  latency from the client's MAIL to the receiver of a healthy sink, at a steady rate, with
@@ -249,8 +249,8 @@ def outage(options: argparse.Namespace) -> list[str]:
     """The sink is dead; smtp-source sends a second's worth each second."""
     port = free_port()
     taken, slots, sizes = 0, 0, []
-    with a_folder() as folder:
-        text = CONFIG.format(port=port, folder=folder, out=free_port(), healthy=free_port(), concurrency=64, rate="")
+    with a_folder() as folder, _dead(options.dead) as out:
+        text = CONFIG.format(port=port, folder=folder, out=out, healthy=free_port(), concurrency=64, rate="")
         with bench.serving(text, folder) as (_, process):
             os.sched_setaffinity(0, {OTHER_CORE})
             command = [program("smtp-source"), "-d", "-s", "50", "-m", str(options.rate), "-l", "1024"]
@@ -439,6 +439,7 @@ def main() -> None:
     one = kind("outage", outage)
     one.add_argument("--rate", type=int, default=5000, help="messages a second")
     one.add_argument("--seconds", type=float, default=60.0)
+    one.add_argument("--dead", choices=("refused", "silent"), default="refused", help="how the sink is dead")
     one = kind("herd", herd)
     one.add_argument("--messages", type=int, default=100_000)
     one.add_argument("--delay", type=float, default=0.002, help="seconds that the sink takes over a message")
