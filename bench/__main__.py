@@ -158,6 +158,23 @@ def cpu_of(group: int) -> float:
 
 
 @contextlib.contextmanager
+def serving(text: str, folder: Path, patience: float = 20.0) -> Iterator[tuple[list[int], subprocess.Popen[bytes]]]:
+    """A gateway that goes by this configuration: the ports it listens on, in order, and its process.
+    Its event log is ``gateway.log`` in ``folder``."""
+    config, log = folder / "gateway.toml", folder / "gateway.log"
+    config.write_text(text)
+    command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
+    with running(command, SERVER_CORE, log) as process:
+        deadline = time.monotonic() + patience
+        while b'"ready"' not in (told := log.read_bytes()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"the gateway did not start:\n{told.decode()}")
+            time.sleep(0.02)
+        addresses = [json.loads(line)["address"] for line in told.splitlines() if b'"listening"' in line]
+        yield [int(address.rpartition(":")[2]) for address in addresses], process
+
+
+@contextlib.contextmanager
 def gateway(mode: str, folder: Path) -> Iterator[Server]:
     port = free_port()
     with contextlib.ExitStack() as stack:
@@ -170,18 +187,9 @@ def gateway(mode: str, folder: Path) -> Iterator[Server]:
         elif mode.startswith("webhook"):
             command = [sys.executable, "-m", "bench.peers", "webhook", str(port)]
             listens(port, stack.enter_context(running(command, OTHER_CORE, folder / "upstream.log")))
-        config = folder / "gateway.toml"
-        config.write_text(CONFIG.format(folder=folder, sink=SINKS[mode].format(port=port)))
-        log = folder / "gateway.log"
-        command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
-        process = stack.enter_context(running(command, SERVER_CORE, log))
-        deadline = time.monotonic() + 20
-        while b'"ready"' not in (told := log.read_bytes()):
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the gateway did not start:\n{told.decode()}")
-            time.sleep(0.02)
-        address = next(json.loads(line)["address"] for line in told.splitlines() if b'"listening"' in line)
-        yield Server(mode, "gateway", int(address.rpartition(":")[2]), process)
+        text = CONFIG.format(folder=folder, sink=SINKS[mode].format(port=port))
+        ports, process = stack.enter_context(serving(text, folder))
+        yield Server(mode, "gateway", ports[0], process)
 
 
 @contextlib.contextmanager

@@ -765,7 +765,7 @@ cdef inline unsigned char* give(Walk* w, unsigned char c, unsigned char* out) no
             end_line(w, w.line - 1, START)
             return out
         if not w.fault:
-            w.fault = FAULT_NEWLINE
+            w.fault = FAULT_NUL if c == 0 else FAULT_NEWLINE
     if c == c"\n":
         if w.normalize:
             if out != NULL:
@@ -869,7 +869,8 @@ cdef void note_faults(Walk* w, octets_t p, Py_ssize_t n, uint64_t bad, int nul, 
     if w.fault:
         return
     zero = <octets_t>memchr(p, 0, n) if nul else NULL
-    if bad and (zero == NULL or first_bit(bad) <= zero - p):
+    # CR NUL is named by its NUL.
+    if bad and (zero == NULL or first_bit(bad) < zero - p):
         w.fault = FAULT_NEWLINE
     elif zero != NULL:
         w.fault = FAULT_NUL

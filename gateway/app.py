@@ -52,6 +52,7 @@ from .queue import LaneSettings, Queue
 from .reply import Reply
 from .route import Routes
 from .sinks import make_sink
+from .smtp.extensions import Extensions
 from .smtp.server import Rules
 from .spool.sqlite import SqliteSpool
 from .users import Users
@@ -186,6 +187,7 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         protocol=listener.protocol,
         message_size=config.limits.message_size,
         recipients=config.limits.recipients,
+        null_sender_recipients=config.limits.null_sender_recipients,
         hops=config.limits.hops,
         long_lines=listener.long_lines,
         bare_newlines=listener.bare_newlines,
@@ -198,9 +200,26 @@ def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: t
         certificate_identity=listener.certificate_identity,
         binarymime=binarymime,
         requiretls=any(route.requiretls for route in table.routes),
+        # Who offers DSN promises reports (RFC 3461 §5.2); without [bounces] nobody carries them.
+        dsn=config.bounces is not None,
+        extensions=_extensions(config, table),
         client_checks=config.checks_at("client"),
         sender_checks=config.checks_at("sender"),
         recipient_checks=frozenset(config.checks_at("recipient")),
+    )
+
+
+def _extensions(config: Config, table: Routes) -> Extensions:
+    """What can be kept: a hold wants a route that acknowledges before it delivers, DELIVERBY somebody
+    who carries notices."""
+    asked = config.extensions
+    durable = any(route.acknowledge == "durable" for route in table.routes)
+    return Extensions(
+        hold=asked.hold_limit if durable else 0.0,
+        by=None if config.bounces is None else asked.deliver_by,
+        priorities=asked.priorities,
+        priorities_from=tuple(asked.priorities_from),
+        clock=time.time,
     )
 
 
@@ -522,7 +541,9 @@ class Gateway:
         nothing, where it differs in what only a restart can change."""
         config, old = self._composed(given), self.config
         differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
-        fixed = sorted(differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders", "client_certificates"})
+        fixed = sorted(
+            differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders", "client_certificates", "extensions"}
+        )
         if [(one.address, one.mode) for one in old.listeners] != [(one.address, one.mode) for one in config.listeners]:
             fixed.append("listeners")
         if old.limits.memory != config.limits.memory:

@@ -12,7 +12,7 @@ printed raw: a terminal must not be steered by an address.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -641,7 +641,7 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
             _span(_until(row["due"])) if row["state"] == "queued" else "",
             f"<{row['mail_from']}>",
             ", ".join(row["recipients"][:3]) + (f" and {len(row['recipients']) - 3} more" if len(row["recipients"]) > 3 else ""),
-            row["note"],
+            row["note"] or _waits(row),
         )
         for row in rows
     ]
@@ -649,6 +649,12 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     widths = [max(len(line[column]) for line in table) for column in range(len(columns))]
     for line in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _waits(row: Mapping[str, Any]) -> str:
+    """Why nothing was tried, where its sender wants it so."""
+    waits = row["state"] == "queued" and not row["attempts"] and _until(row["not_before"]) > 0
+    return f"held by its sender until {_shown('not_before', row['not_before'])}" if waits else ""
 
 
 def _until(moment: float) -> float:
@@ -668,7 +674,9 @@ def _span(seconds: float) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    if name in ("due", "received_at", "expires_at"):
+    if name == "not_before" and not value:
+        return ""
+    if name in ("due", "received_at", "expires_at", "not_before"):
         from datetime import UTC, datetime
 
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -787,6 +795,7 @@ def _explained(
         "door": _door(listener, ip),
         "limits": config.limits.model_dump(),
         "tls": {"offered": listener.tls, "used": tls},
+        "extensions": list(rules.extensions.offered(listener.protocol, session.client)),
         "client": ip,
         "from": sender,
         "to": recipient,
@@ -882,6 +891,7 @@ def _print_explained(told: dict[str, Any]) -> None:
         ("tls", _tls_shown(told["tls"])),
         ("auth", _login(told["auth"])),
         *_told_door(told),
+        ("may ask", "; ".join(told["extensions"]) or "nothing of the queue"),
         ("checks", ", ".join(f"{check['check']} ({check['stage']})" for check in told["checks"]) or "none"),
         ("route", f"routes[{route['number']}]: {listed}, acknowledge {route['acknowledge']}" if route else "none"),
         ("sinks", ", ".join(f"{sink['name']} ({sink['type']})" for sink in told["sinks"]) or "none"),

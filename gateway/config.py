@@ -60,6 +60,7 @@ __all__ = [
     "ConfigError",
     "DiscardConfig",
     "Drain",
+    "ExtensionsConfig",
     "FileConfig",
     "HttpCheckConfig",
     "Limits",
@@ -99,6 +100,8 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)", re.ASCII)
 _DURATION_HELP = 'must be a duration like "250ms", "30s", "5m", "4h" or "5d"'
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+#: The last label of an IPv4 address in any notation: some libraries take 0x7f.1 for 127.0.0.1, others refuse it.
+_ODD_NUMBER = re.compile(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", re.ASCII | re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -137,6 +140,10 @@ def _rate(value: object) -> object:
     if match is None or not float(match[1]):
         raise ValueError('must be a rate like "50/s", "600/m" or "10000/h"')
     return float(match[1]) / _DURATION_UNITS[match[2]]
+
+
+def _duration_or_off(value: object) -> object:
+    return None if value == "off" else _duration(value)
 
 
 def _network(value: object) -> object:
@@ -265,6 +272,8 @@ def _url(value: str) -> str:
         raise ValueError(f"is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError('must be a URL like "https://app.example/inbound"')
+    if _ODD_NUMBER.search(host) and not _is_host(host):
+        raise ValueError(f"{host!r} is no IPv4 address; write four numbers from 0 to 255")
     if _CONTROLS.search(value) or " " in value:
         raise ValueError("has a space or a control character; percent-encode it")
     if parts.fragment:
@@ -317,6 +326,8 @@ def _pattern(value: str) -> str:
         raise ValueError(f'{value!r} has no @; write "*@{value}" for a whole domain or "*" for everybody')
     if not local or not domain or _CONTROLS.search(value) or " " in domain:
         raise ValueError(f'{value!r} is no pattern; write "name@domain", "*@domain" or "*"')
+    if "@" in local and not (len(local) > 1 and local[0] == local[-1] == '"'):
+        raise ValueError(f'{value!r} has more than one @ and fits no address; only in a quoted local part ("a@b"@domain) may one stand')
     return value
 
 
@@ -501,7 +512,7 @@ class ListenerConfig(Table):
     auth_without_tls: bool = False
     proxy_protocol_from: Networks = []
     xclient_from: Networks = []
-    bare_newlines: Literal["reject", "normalize"] = "reject"
+    bare_newlines: Literal["reject", "disconnect", "normalize"] = "reject"
     long_lines: Literal["accept", "reject"] = "accept"
 
     @classmethod
@@ -537,12 +548,15 @@ class ListenerConfig(Table):
 class Limits(Table):
     """``[limits]``: what one client, one mail and one process may take (promise 5).
 
+    ``null_sender_recipients``: of one mail from <>; unless set, as of any other.
+
     Defaults of the time-outs: RFC 5321 §4.5.3.2. ``minimum_rate`` in octets a second,
     demanded of content after 30 s. ``memory``: octets of content that one worker holds in
     memory before it stops reading from clients."""
 
     message_size: Annotated[Size, Field(ge=1)] = 25 * 2**20
     recipients: Annotated[int, Field(ge=1)] = 1000
+    null_sender_recipients: Annotated[int, Field(ge=1)] | None = None
     connections: Annotated[int, Field(ge=1)] = 10_000
     connections_per_client: Annotated[int, Field(ge=1)] = 100
     command_timeout: Deadline = 300.0
@@ -575,6 +589,24 @@ class Retry(Table):
 
     delays: Annotated[list[Deadline], Field(min_length=1)] = [60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0]
     expire: Deadline = 5 * 86400.0
+
+
+class ExtensionsConfig(Table):
+    """``[extensions]``: what senders may ask of the queue.
+
+    ``hold_limit``: longest hold (FUTURERELEASE), 0 for none; ``deliver_by``: shortest time for
+    BY with mode R (DELIVERBY, which wants ``[bounces]``), None for none; both in seconds. ``priorities``: whose
+    wish to be urgent counts (MT-PRIORITY); ``priorities_from``: networks whose wish does as well."""
+
+    hold_limit: Annotated[Duration, Field(le=999_999_999)] = 30 * 86400.0
+    deliver_by: Annotated[Annotated[float, Field(ge=0, le=999_999_999)] | None, BeforeValidator(_duration_or_off)] = 0.0
+    priorities: Literal["off", "authenticated", "everybody"] = "authenticated"
+    priorities_from: Networks = []
+
+    @classmethod
+    def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if table.get("priorities", "authenticated") != "authenticated" and table.get("priorities_from"):
+            yield "priorities_from", 'is for priorities = "authenticated"; leave one of the two out'
 
 
 class Bounces(Table):
@@ -645,7 +677,8 @@ class WebhookConfig(AnySink):
     """``type = "webhook"``: one POST a delivery.
 
     ``previous_secret`` signs as well while receivers change over. Without ``secret`` there is
-    no signature. ``client``: the HTTP library."""
+    no signature. ``addresses``: where it may connect to, judged on the address that a name has at
+    that moment (by aiohttp alone, whatever ``client`` is by default). ``client``: the HTTP library."""
 
     type: Literal["webhook"] = "webhook"
     url: Url
@@ -655,11 +688,17 @@ class WebhookConfig(AnySink):
     previous_secret: SigningSecret = None
     previous_secret_file: FilePath | None = None
     headers: Annotated[dict[str, str], AfterValidator(_headers), Field(repr=False)] = {}
+    addresses: Literal["any", "public"] = "any"
     client: Literal["pyreqwest", "aiohttp"] = "pyreqwest"
 
     @property
     def carries_requiretls(self) -> bool:
         return keeps_secret(self.url)
+
+    @classmethod
+    def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if table.get("addresses") == "public" and table.get("client") == "pyreqwest":
+            yield "client", 'cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'
 
 
 class Upstream(AnySink):
@@ -844,10 +883,11 @@ class AnyCheck(Table):
 
 
 class HttpCheckConfig(AnyCheck):
-    """``type = "http"``: a service of yours decides, one POST a question."""
+    """``type = "http"``: a service of yours decides, one POST a question. ``addresses``: as for a webhook."""
 
     type: Literal["http"] = "http"
     url: Url
+    addresses: Literal["any", "public"] = "any"
     secret: SigningSecret = None
     secret_file: FilePath | None = None
 
@@ -975,6 +1015,7 @@ class Config(Head):
     drain: Drain = Drain()
     spool: SpoolConfig = Field(default_factory=SpoolConfig)
     retry: Retry = Retry()
+    extensions: ExtensionsConfig = ExtensionsConfig()
     checks: dict[str, CheckConfig] = {}
     sinks: dict[str, SinkConfig]
     routes: list[RouteConfig]
@@ -1285,7 +1326,7 @@ class _Reading:
             # Its own faults are told already.
             logins["unread_authentication"] = tree.get("authentication")
         relaying = {name for name, sink in self._entries(tree, "sinks", dict).items() if _relays(sink)}
-        self.faults.extend(_cross_faults(parts, relaying))
+        self.faults.extend(_cross_faults(parts, relaying, self._entries(tree, "routes", list)))
         self.faults.extend(_login_faults(parts | logins))
         if self.faults:
             raise ConfigError(_lines(self._first_at_each_place()))
@@ -1439,6 +1480,7 @@ _SINGLE: dict[str, type[Table]] = {
     "drain": Drain,
     "spool": SpoolConfig,
     "retry": Retry,
+    "extensions": ExtensionsConfig,
     "bounces": Bounces,
     "authentication": Authentication,
     "admin": Admin,
@@ -1499,9 +1541,23 @@ def _relays(table: object) -> bool:
     )
 
 
-def _cross_faults(parts: Mapping[str, Any], relaying: set[str]) -> list[Fault]:
+def _unknown_names(number: int, route: object, sinks: Iterable[str], checks: Iterable[str]) -> Iterator[Fault]:
+    """Names in an unread (perhaps faulty) route that no table has."""
+    if not isinstance(route, Mapping):
+        return
+    named: list[tuple[tuple[str | int, ...], str, Iterable[str], object]] = [(("sink",), "sinks", sinks, route.get("sink"))]
+    for key, known in (("sinks", sinks), ("checks", checks)):
+        many = route.get(key)
+        named += [((key, index), key, known, name) for index, name in enumerate(many if isinstance(many, list) else ())]
+    for place, group, known, name in named:
+        if isinstance(name, str) and name not in known:
+            yield ("routes", number, *place), f"there is no table [{group}.{name}]{_near(name, list(known))}"
+
+
+def _cross_faults(parts: Mapping[str, Any], relaying: set[str], unread: Sequence[object] = ()) -> list[Fault]:
     """What no table can see alone. A part that is None is faulty in itself: it exists, and
-    nothing more is said of it here. ``relaying``: the names of the sinks that are mail servers."""
+    nothing more is said of it here. ``relaying``: the names of the sinks that are mail servers.
+    ``unread``: the routes as they were written, the faulty ones among them; none for models."""
     faults: list[Fault] = []
     sinks: Mapping[str, AnySink | None] = parts["sinks"]
     checks: Mapping[str, AnyCheck | None] = parts["checks"]
@@ -1513,14 +1569,11 @@ def _cross_faults(parts: Mapping[str, Any], relaying: set[str]) -> list[Fault]:
     admin = parts.get("admin")
     if admin is not None and admin.address in taken and not admin.address.endswith(":0"):
         faults.append((("admin", "address"), f"{admin.address} is taken by {taken[admin.address]}"))
+    for number, route in enumerate(unread):
+        faults.extend(_unknown_names(number, route, sinks, checks))
     for number, route in _numbered(parts["routes"]):
-        for index, name in enumerate(route.carriers):
-            if name not in sinks:
-                place = ("routes", number, "sink") if route.sink is not None else ("routes", number, "sinks", index)
-                faults.append((place, f"there is no table [sinks.{name}]{_near(name, list(sinks))}"))
-        for index, name in enumerate(route.checks):
-            if name not in checks:
-                faults.append((("routes", number, "checks", index), f"there is no table [checks.{name}]{_near(name, list(checks))}"))
+        if not unread:
+            faults.extend(_unknown_names(number, route.model_dump(include={"sink", "sinks", "checks"}), sinks, checks))
         if (relay := _open_relay(route, relaying)) is not None:
             faults.append(
                 (

@@ -14,6 +14,7 @@ what became of it later is marked there (a Mark).
 from __future__ import annotations
 
 import asyncio
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class Outcome:
     fault is the sink's, not this message's (no connection, time-out, 5xx of a webhook):
     other messages would fare alike. ``pause``: the far side wants no more (HTTP 410).
     ``notifies``: the far side took over the duty of delivery status notifications (it
-    offered DSN and got NOTIFY)."""
+    offered DSN and got NOTIFY). ``onward``: a relay that has it now was told the time to deliver it by (RFC 2852,
+    ``timed``) or knows no such thing (``untimed``); "" where there is no such time or no relay."""
 
     state: State
     reply: Reply
@@ -47,6 +49,7 @@ class Outcome:
     down: bool = False
     pause: bool = False
     notifies: bool = False
+    onward: Literal["", "timed", "untimed"] = ""
 
 
 class Delivery:
@@ -243,7 +246,8 @@ class Authenticator(Protocol):
 class Transaction:
     """One mail on a connection, from MAIL on. ``number`` counts within the connection;
     ``routes`` stands beside ``envelope.recipients``. The facts of the content are set at
-    its end. ``submission``: header fields that are missing are supplied (RFC 6409 §8)."""
+    its end. ``submission``: header fields that are missing are supplied (RFC 6409 §8).
+    ``priority`` applies, whatever was asked for (RFC 6710)."""
 
     number: int
     session: str
@@ -257,6 +261,7 @@ class Transaction:
     header_size: int = 0
     lmtp: bool = False
     submission: bool = False
+    priority: int = 0
 
 
 #: The answer after the end of data: one Reply for SMTP, one per accepted recipient (in
@@ -326,11 +331,18 @@ class Pending:
 
 class SpoolError(Exception):
     """A group could not be stored. ``known``: it is proven that nothing of it will ever come
-    back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery)."""
+    back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery).
+    ``full``: there was no room for it (452), where the fault is otherwise the disk's (451)."""
 
-    def __init__(self, reason: str, known: bool) -> None:
+    def __init__(self, reason: str, known: bool, full: bool = False) -> None:
         super().__init__(reason)
         self.known = known
+        self.full = full
+
+
+def no_room(error: BaseException) -> bool:
+    """Does the operating system say that the disk, or our share of it, is full?"""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -396,8 +408,10 @@ class Spool(Protocol):
         """The message of a row; None if it is gone or was found damaged (then the row is set
         aside and reported)."""
 
-    async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
-        """Queued rows of one sink by priority and due time."""
+    async def due(self, sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
+        """Queued rows of one sink by priority and due time; of each priority in use at least a
+        few, so that none starves. ``down``: after them those that wait for the sink, whenever
+        they are due."""
 
     async def next_due(self, sink: str, after: float) -> float | None:
         """When the earliest queued row of one sink that is due later than ``after`` is due."""

@@ -29,10 +29,12 @@ from .contracts import (
     SpoolError,
     Transaction,
     Verdict,
+    no_room,
 )
 from .message import INLINE_LIMIT, Content, Message
 from .queue import Queue
 from .reply import Reply
+from .smtp import extensions
 from .smtp.submission import header_of, supplied
 from .smtp.trace import mark, received
 
@@ -155,25 +157,35 @@ class MailIntake:
         """The whole content is here, in memory or on disk."""
         self._owed += 1
         transaction = draft.transaction
-        now = self.clock()
+        # What is due goes by the queue's clock, what is told by the wall's.
+        wall, now = self.clock(), self.queue.clock()
         if self._looping(content):
             draft.refuse(answer, LOOP)
             return
+        envelope = transaction.envelope
+        release = (extensions.release_of(envelope.mail_params, now) or 0.0) if envelope.held else 0.0
         message = Message(
-            id=draft.id or new_id(now),
-            envelope=transaction.envelope,
+            id=draft.id or new_id(wall),
+            envelope=envelope,
             stored=content,
             client=transaction.client,
             received_at=now,
             listener=transaction.listener,
             checks=dict(transaction.facts.get("checks", ())),
-            expires_at=self.queue.clock() + self.expire,
+            priority=transaction.priority,
+            not_before=release if release > now else 0.0,
+            # Its time runs from its release; with BY and mode R it ends when the sender said.
+            expires_at=max(now, release) + self.expire,
         )
-        message.trace = received(transaction.client, transaction.envelope, self.hostname, message.id, now)
+        timed = extensions.deadline(message)
+        if timed is not None and timed[1].returns:
+            message.expires_at = min(message.expires_at, timed[0])
+        priority = extensions.traced_priority(envelope, message.priority)
+        message.trace = received(transaction.client, envelope, self.hostname, message.id, wall, priority)
         if transaction.submission:
             # A content that has no header has its first lines to show that.
             header = header_of(content.chunks(), content.header_size or 1024)
-            message.trace += supplied(header, transaction.envelope, self.hostname, message.id, now)
+            message.trace += supplied(header, transaction.envelope, self.hostname, message.id, wall)
         names = self._wanted(transaction)
         if names:
             self._spawn(self._check(draft, message, names, answer))
@@ -367,7 +379,7 @@ class MailDraft:
         if self._failure is not None:
             self._intake.observer.event("shed", reason=f"content could not be written: {self._failure}")
             self._intake._owed += 1
-            self.refuse(self._answer, NO_SPACE)
+            self.refuse(self._answer, NO_SPACE if no_room(self._failure) else NOT_STORED)
             return
         self._intake.receive(self, self._content(None, self._file.path), self._answer)
 
@@ -433,9 +445,16 @@ class Ticket:
                 for sink in route.sinks:
                     lists.setdefault(sink, []).append(index)
             groups = {sink: tuple(indexes) for sink, indexes in lists.items()}
-        now = intake.queue.clock()
         self._pendings = [
-            Pending(message.id, sink, indexes, now, message.expires_at, priority=message.priority) for sink, indexes in groups.items()
+            Pending(
+                message.id,
+                sink,
+                indexes,
+                max(message.received_at, message.not_before),
+                extensions.first_limit(message),
+                priority=message.priority,
+            )
+            for sink, indexes in groups.items()
         ]
         # ids of the Pendings whose first try is not over: all, until told otherwise.
         self._out = {id(pending) for pending in self._pendings}
@@ -655,7 +674,7 @@ class Ticket:
         if not error.known:
             self._say(None)
             return
-        self._failed = NO_SPACE if "full" in str(error).lower() or "space" in str(error).lower() else NOT_STORED
+        self._failed = NO_SPACE if error.full else NOT_STORED
         self._phase = "over"
         self._settle_failure()
 
@@ -688,15 +707,36 @@ class Ticket:
             recipients=len(transaction.envelope.recipients) - len(self._refused),
             size=self.message.stored.size,
             stored=stored,
+            **self._asked(),
             **self._forwarded(),
         )
-        reply = self._word or Reply.ok(f"accepted as {self.message.id}")
+        reply = self._word or self._accepted()
         if transaction.lmtp:
             self._say([self._refused.get(index, reply) for index in range(len(transaction.envelope.recipients))])
         else:
             self._say(reply)
         if not self._kept:
             self._finish_unkept()
+
+    def _accepted(self) -> Reply:
+        message = self.message
+        if extensions.priority_changed(message.envelope.mail_params, message.priority):
+            return Reply(250, "2.3.6", f"{message.priority} is the priority of this mail, accepted as {message.id}")
+        return Reply.ok(f"accepted as {message.id}")
+
+    def _asked(self) -> dict[str, Any]:
+        """What its sender asked of the queue."""
+        message = self.message
+        told: dict[str, Any] = {}
+        priority = extensions.traced_priority(message.envelope, message.priority)
+        if priority is not None:
+            told["priority"] = priority
+        if message.not_before:
+            told["held_until"] = message.not_before
+        timed = extensions.deadline(message)
+        if timed is not None:
+            told["deliver_by"] = timed[0]
+        return told
 
     def _forwarded(self) -> dict[str, Any]:
         """What XFORWARD said about where the mail came from: for the log alone."""

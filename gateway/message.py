@@ -43,6 +43,11 @@ class Envelope:
         return (self.mail_params.get("BODY") or "").upper() == "BINARYMIME"
 
     @property
+    def held(self) -> bool:
+        """Its sender asked for a later time of release (RFC 4865)."""
+        return "HOLDFOR" in self.mail_params or "HOLDUNTIL" in self.mail_params
+
+    @property
     def utf8(self) -> bool:
         """SMTPUTF8 was asked for (RFC 6531)."""
         return "SMTPUTF8" in self.mail_params

@@ -9,7 +9,13 @@ A try that fails because the sink as a whole is out of reach (``Outcome.down``) 
 lane down: new mail goes straight to the spool, one message at a time probes the sink, and
 its first success makes everything that waited for it due at once.
 
-RFC 5321 §4.5.4.1 (retry strategy), RFC 3461 (what NOTIFY asks for).
+A message that its sender wants held (``Message.not_before``) is stored with that time as its
+``due`` and is in nobody's hands before, neither to probe a sink that is down nor because one came
+back. Its priority orders the backlog of a lane: what is due goes in the order of priority, and of
+each priority that waits a few go with every look, so that none starves. ``Pending.expires_at`` is
+when the queue must act: give up, or tell the sender of a delay (``smtp/extensions.py``).
+
+RFC 5321 §4.5.4.1 (retry strategy), RFC 3461 (what NOTIFY asks for), RFC 4865, 2852 and 6710.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from typing import Any, Literal, Protocol
 from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool, SpoolError
 from .message import Client, Content, Message, Recipient
 from .reply import Reply
-from .smtp import bounce
+from .smtp import bounce, extensions
 
 #: Seconds between probes of a sink that is down: first, then doubling up to the last.
 PROBE_FIRST, PROBE_LAST = 1.0, 60.0
@@ -67,6 +73,7 @@ class Steady:
 
 
 EXPIRED = Reply(554, "5.4.7", "delivery time expired")
+NOT_YET = Reply(451, "4.4.7", "not delivered yet")
 NO_SUCH_SINK = "this sink is not in the configuration"
 
 
@@ -103,10 +110,12 @@ class Lane:
 
     __slots__ = (
         "busy",
+        "dormant",
         "down",
         "down_since",
         "earliest",
         "gap",
+        "hurried",
         "latency",
         "looking",
         "marked",
@@ -140,6 +149,8 @@ class Lane:
         self.looking = 0
         self.marked: set[int] = set()
         self.ready: deque[Pending] = deque()
+        # Rows that overtook others in `ready` since the spool was last looked at.
+        self.hurried = 0
         self.waiting: deque[_First] = deque()
         # No row outside `busy` is due before this (Unix seconds).
         self.earliest = float("inf")
@@ -147,6 +158,8 @@ class Lane:
         self.timer: asyncio.TimerHandle | None = None
         self.down = False
         self.down_since = 0.0  # loop time; of a pause too
+        # Down, and nothing is there to probe the sink with before `earliest`.
+        self.dormant = False
         self.up_since = 0.0  # loop time
         # Rows may wait for the sink (``Pending.down``) although the lane is not down: from before
         # the start, or of tries that outlasted an outage. The next success wakes them.
@@ -264,6 +277,7 @@ class Queue:
                 lane.busy.difference_update(pending.key for pending in lane.ready)
                 lane.ready.clear()
                 lane.earliest = 0.0
+                lane.dormant = False
                 self._pump(lane)
 
     def health(self) -> dict[str, str]:
@@ -295,7 +309,8 @@ class Queue:
                 lane.charge(now)
                 self._start(lane, message, pending, ticket)
             else:
-                lane.waiting.append(_First(message, pending, ticket))
+                place = next((n for n, first in enumerate(lane.waiting) if first.pending.priority < pending.priority), len(lane.waiting))
+                lane.waiting.insert(place, _First(message, pending, ticket))
                 self._arm(lane)
             return True
         if lane.ready or lane.waiting or message.not_before > self.clock() or not lane.free(now):
@@ -319,8 +334,25 @@ class Queue:
     def adopt(self, pending: Pending) -> None:
         """A row was stored (``key`` is set) and no try of it is out: schedule it."""
         lane = self._lanes.get(pending.sink)
-        if lane is not None and pending.state == "queued":
-            self._expect(lane, pending.due)
+        if lane is None or pending.state != "queued":
+            return
+        if self._overtakes(lane, pending):
+            lane.hurried += 1
+            lane.busy.add(pending.key)
+            place = next((n for n, other in enumerate(lane.ready) if other.priority < pending.priority), len(lane.ready))
+            lane.ready.insert(place, pending)
+            self._pump(lane)
+        else:
+            self._expect(lane, pending.due, pending.down)
+
+    def _overtakes(self, lane: Lane, pending: Pending) -> bool:
+        """It need not wait behind what was read ahead. So many may between two looks at the spool
+        that what they overtake is sure of its turn."""
+        if lane.down or lane.hurried >= WINDOW or pending.due > self.clock():
+            return False
+        if lane.refilling:
+            return pending.priority > 0
+        return bool(lane.ready) and pending.priority > lane.ready[-1].priority
 
     def resume(self, pending: Pending) -> None:
         """A row was stored while its first try is out: its outcome will be marked."""
@@ -335,8 +367,14 @@ class Queue:
         nothing) and gives back dead letters to keep and notifications to send."""
         recipients = message.envelope.recipients
         expired = now >= pending.expires_at
-        again: list[int] = []
+        delayed = expired and extensions.untold(message, pending.expires_at)
+        if delayed:
+            pending.expires_at = message.expires_at
+            expired = now >= pending.expires_at
+        returned = expired and extensions.returned(message, now)
+        again: list[tuple[int, Outcome]] = []
         lost: list[tuple[int, Outcome]] = []
+        late: list[tuple[int, Outcome]] = []
         relayed: list[tuple[Recipient, Outcome]] = []
         delay = 0.0
         down = False
@@ -346,22 +384,30 @@ class Queue:
                     relayed.append((recipients[index], outcome))
             elif outcome.state == "failed":
                 lost.append((index, outcome))
+            elif returned:
+                late.append((index, Outcome("failed", _too_late(outcome.reply), outcome.remote)))
             elif expired:
                 # The last answer is told, not hidden behind the expiry (RFC 3464 §2.3.4, 2.3.6).
                 lost.append((index, outcome))
             else:
-                again.append(index)
+                again.append((index, outcome))
                 pending.note = str(outcome.reply)
                 down = down or outcome.down
                 delay = max(delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
         pending.attempts += 1
         splits, follow = self._give_up(message, pending, lost, now)
+        if late:
+            # Who asked for it to come back is told, whatever becomes of other failures of this sink.
+            dead, told = self._give_up(message, pending, late, now, bounces=True)
+            splits, follow = splits + dead, follow + told
+        if delayed and again:
+            follow += self._delayed(message, again, now)
         if relayed:
             lane = self._lanes.get(pending.sink)
             kind: bounce.Kind = "relayed" if lane is not None and lane.settings.relays else "delivered"
             follow.append(self._report(kind, message, relayed, now))
         if len(again) < len(pending.recipients):
-            pending.recipients = tuple(again)
+            pending.recipients = tuple(index for index, _outcome in again)
             pending.part += 1
         if again:
             own = self._retry[min(pending.attempts, len(self._retry)) - 1]
@@ -370,24 +416,33 @@ class Queue:
         return splits, follow
 
     def _notice(self, message: Message, recipient: Recipient, outcome: Outcome) -> bool:
-        """Do we owe the sender word of this success (RFC 3461 §4.1, NOTIFY=SUCCESS)?"""
-        return (
-            bool(recipient.params)
-            and not outcome.notifies
-            and bool(message.envelope.mail_from)
-            and self._bounces in self._lanes
-            and bounce.wants(recipient, "delivered")
-        )
+        """Do we owe the sender word of this success (RFC 3461 §4.1, NOTIFY=SUCCESS)? Or of a
+        relay that has it now, because BY asks for that or the relay knows no BY (RFC 2852)?"""
+        if not (outcome.onward or recipient.params) or not message.envelope.mail_from or self._bounces not in self._lanes:
+            return False
+        if bool(recipient.params) and not outcome.notifies and bounce.wants(recipient, "delivered"):
+            return True
+        timed = extensions.deadline(message) if outcome.onward else None
+        return timed is not None and bounce.traces(recipient) and (timed[1].trace or outcome.onward == "untimed")
+
+    def _delayed(self, message: Message, again: Sequence[tuple[int, Outcome]], now: float) -> list[Row]:
+        """BY with mode N is over: its sender is told, and it is tried on (RFC 2852)."""
+        recipients = message.envelope.recipients
+        told = [(recipients[index], outcome) for index, outcome in again if bounce.awaits(recipients[index])]
+        if not told or not message.envelope.mail_from or self._bounces not in self._lanes:
+            return []
+        return [self._report("delayed", message, told, now)]
 
     def _give_up(
-        self, message: Message, pending: Pending, lost: Sequence[tuple[int, Outcome]], now: float
+        self, message: Message, pending: Pending, lost: Sequence[tuple[int, Outcome]], now: float, bounces: bool = False
     ) -> tuple[list[Pending], list[Row]]:
-        """Bounce, or keep as a dead letter, or be silent where NOTIFY=NEVER asked for it."""
+        """Bounce, or keep as a dead letter, or be silent where NOTIFY=NEVER asked for it. ``bounces``:
+        whatever ``on_failure`` says."""
         if not lost:
             return [], []
         recipients = message.envelope.recipients
         lane = self._lanes.get(pending.sink)
-        bounces = lane is not None and lane.settings.on_failure == "bounce" and self._bounces in self._lanes
+        bounces = (bounces or (lane is not None and lane.settings.on_failure == "bounce")) and self._bounces in self._lanes
         # RFC 5321 §4.5.5: the null reverse-path gets no notification, ever.
         if bounces and message.envelope.mail_from:
             told = [(recipients[index], outcome) for index, outcome in lost if bounce.wants(recipients[index], "failed")]
@@ -437,11 +492,12 @@ class Queue:
             envelope=bounce.envelope(message, octets, redacted=redacted),
             stored=Content(octets, eight_bit=not octets.isascii(), header_size=octets.find(b"\r\n\r\n") + 2),
             client=Client(ip=None, helo=self._hostname, protocol="LOCAL"),
-            received_at=wall,
+            received_at=now,
+            priority=message.priority,
             expires_at=now + self.expire,
         )
         self._observer.event("bounced", id=message.id, bounce_id=id, kind=kind, to=message.envelope.mail_from, recipients=len(told))
-        return Row(report, [Pending(id, self._bounces, (0,), now, now + self.expire)])
+        return Row(report, [Pending(id, self._bounces, (0,), now, now + self.expire, priority=message.priority)])
 
     def follow_up(self, rows: Sequence[Row]) -> None:
         """New messages of ours (bounces) were stored: schedule them."""
@@ -501,7 +557,7 @@ class Queue:
             if lane.looking:
                 lane.marked.add(pending.key)
             if pending.recipients and pending.state == "queued":
-                self._expect(lane, pending.due)
+                self._expect(lane, pending.due, pending.down)
         self.follow_up(follow)
 
     def _tell(self, delivery: Delivery, outcomes: Sequence[Outcome], seconds: float) -> None:
@@ -548,6 +604,7 @@ class Queue:
             if not lane.paused:
                 # Whoever ends the pause finds a lane that is down: it probes before all go out.
                 lane.paused = lane.down = True
+                lane.dormant = False
                 lane.down_since = now
                 self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
             return
@@ -561,6 +618,7 @@ class Queue:
             return
         else:
             lane.down = True
+            lane.dormant = False
             lane.down_since = now
             lane.probe_delay = PROBE_FIRST
             self._observer.event("sink_down", sink=lane.sink.name, reason=str(outcome.reply))
@@ -594,8 +652,11 @@ class Queue:
 
     # ------------------------------------------------------------- scheduling
 
-    def _expect(self, lane: Lane, due: float) -> None:
-        """A row outside ``busy`` is due at ``due``."""
+    def _expect(self, lane: Lane, due: float, down: bool = False) -> None:
+        """A row outside ``busy`` is due at ``due``. ``down``: it can probe the sink before that."""
+        if down and lane.dormant:
+            lane.dormant = False
+            self._arm(lane)
         if due < lane.earliest:
             lane.earliest = due
             if due <= self.clock():
@@ -615,6 +676,10 @@ class Queue:
             return
         elif lane.down:
             wait = lane.next_probe - now
+            if lane.dormant:
+                if lane.earliest == float("inf"):
+                    return
+                wait = max(wait, lane.earliest - self.clock())
         elif lane.ready:
             wait = 0.0
         elif lane.earliest == float("inf"):
@@ -675,36 +740,43 @@ class Queue:
             lane.refilling = False
             if not read:
                 self._read_again(lane)
-        # A lane that is down and for which nothing waits is probed by the next new message.
+        # A lane that is down and for which nothing waits is probed by the next new message, or by
+        # what is due next.
         if read and (lane.ready or not lane.down):
             self._pump(lane)
+        elif read:
+            self._arm(lane)
 
     async def _read_due(self, lane: Lane) -> None:
         now = self.clock()
         name = lane.sink.name
         lane.earliest = float("inf")
-        # A probe takes the row that is due next, whenever that is.
-        before = float("inf") if lane.down else now
-        wanted = 1 if lane.down else lane.settings.concurrency + WINDOW
-        fresh, more = await self._look(lane, before, wanted + len(lane.busy))
+        lane.hurried = 0
+        # A probe takes a row that is due, or else one that waits for the sink.
+        down = lane.down
+        wanted = 1 if down else lane.settings.concurrency + WINDOW
+        fresh, more = await self._look(lane, now, wanted + len(lane.busy), down)
         for pending in fresh[:wanted]:
             lane.busy.add(pending.key)
             lane.ready.append(pending)
+        if lane.hurried and fresh:
+            lane.ready = deque(sorted(lane.ready, key=lambda pending: -pending.priority))
+        lane.dormant = down and not lane.ready
         if more or len(fresh) >= wanted:
             lane.earliest = min(lane.earliest, now)
-        elif not lane.down:
+        elif lane.dormant or not down:
             later = await self._spool.next_due(name, now)
             if later is not None:
                 lane.earliest = min(lane.earliest, later)
 
-    async def _look(self, lane: Lane, before: float, limit: int) -> tuple[list[Pending], bool]:
+    async def _look(self, lane: Lane, before: float, limit: int, down: bool = False) -> tuple[list[Pending], bool]:
         """Rows that are due and that nobody has in hand, and whether there may be more of them.
 
         The news of a mark can overtake the answer to a look that came before it: such a row is
         left out, because it is not any more what the look saw."""
         lane.looking += 1
         try:
-            found = await self._spool.due(lane.sink.name, before, limit)
+            found = await self._spool.due(lane.sink.name, before, limit, down)
             return [pending for pending in found if pending.key not in lane.busy and pending.key not in lane.marked], len(found) >= limit
         finally:
             lane.looking -= 1
@@ -732,7 +804,10 @@ class Queue:
         if message is None:
             self._pump(lane)
             return
-        if self.clock() >= pending.expires_at and pending.attempts:
+        now = self.clock()
+        over = now >= pending.expires_at and (pending.attempts > 0 or extensions.returned(message, now))
+        # What its sender is only told of is tried all the same.
+        if over and (now >= message.expires_at or not extensions.untold(message, pending.expires_at)):
             self._expire(message, pending)
             self._pump(lane)
             return
@@ -740,9 +815,10 @@ class Queue:
 
     def _expire(self, message: Message, pending: Pending) -> None:
         """Its time is over without another try."""
-        code, _, text = pending.note.partition(" ")
-        last = Reply.untrusted(int(code), text) if code.isdecimal() and len(code) == 3 else EXPIRED
+        last = _last_said(pending) or EXPIRED
         outcome = Outcome("deferred" if last.temporary else "failed", last)
+        if not pending.attempts and extensions.returned(message, self.clock()):
+            outcome = Outcome("deferred", EXPIRED)
         self._observer.event(
             "failed",
             id=message.id,
@@ -755,6 +831,14 @@ class Queue:
             seconds=0.0,
         )
         self.conclude(message, pending, [outcome] * len(pending.recipients))
+
+    def _report_delay(self, message: Message, pending: Pending, now: float) -> None:
+        """BY with mode N is over, and no try is about to tell what keeps it."""
+        outcome = Outcome("deferred", _last_said(pending) or NOT_YET)
+        pending.expires_at = message.expires_at
+        follow = self._delayed(message, [(index, outcome) for index in pending.recipients], now)
+        lane = self._lanes.get(pending.sink)
+        self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow)))
 
     def _sweep(self) -> None:
         """Lanes that do not try still give up in time."""
@@ -777,7 +861,11 @@ class Queue:
                 finally:
                     if message is None:
                         lane.busy.discard(pending.key)
-                if message is not None:
+                if message is None:
+                    continue
+                if extensions.untold(message, pending.expires_at) and now < message.expires_at:
+                    self._report_delay(message, pending, now)
+                else:
                     self._expire(message, pending)
         except SpoolError:
             pass  # the next sweep looks again
@@ -791,3 +879,14 @@ class Queue:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._loop.call_exception_handler({"message": "queue task failed", "exception": error, "task": task})
+
+
+def _last_said(pending: Pending) -> Reply | None:
+    """The reply that its note remembers."""
+    code, _, text = pending.note.partition(" ")
+    return Reply.untrusted(int(code), text) if code.isdecimal() and len(code) == 3 else None
+
+
+def _too_late(last: Reply) -> Reply:
+    """RFC 2852: what did not arrive in time is undeliverable, 5.4.7, whatever kept it."""
+    return EXPIRED if last is EXPIRED else Reply.untrusted(554, f"5.4.7 {EXPIRED.text}; last: {last}")

@@ -5,6 +5,7 @@ One story a file. Its first line is ``# RFC section: reason``. Then settings, th
     @set message_size=1000          a rule of the listener (see Settings); ``auth=offered`` brings USERS
     @route *@app.example            replaces the default route; options: delivered, relay (in clear), from=10.0.0.0/8, login
     @answers 451 4.3.0 full         what the intake says to each finished message in turn (default 250)
+    @set extensions=true            FUTURERELEASE (an hour), DELIVERBY (10 s), MT-PRIORITY; it is 2027-01-15T08:00:00Z
     @here why                       this one is never run over a socket, and why
     @vary form lf-dot-lf FORM=\\n.\\n   a variant: {FORM} in the steps stands for it. Each label of a
                                     group is a case of its own; several groups are multiplied
@@ -49,6 +50,7 @@ from gateway.passwords import read as read_stored
 from gateway.reply import Reply
 from gateway.route import Route, Routes
 from gateway.senders import Senders
+from gateway.smtp.extensions import Extensions
 from gateway.smtp.server import (
     AuthWanted,
     ClientNamed,
@@ -79,6 +81,7 @@ USERS = {
 }
 ACCOUNTS = {name: account([read_stored(text) for text in texts]) for name, texts in USERS.items()}
 MECHANISMS: list[Any] = ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
+EXTENSIONS = Extensions(3600.0, 10.0, "authenticated", (ip_network("10.0.0.0/8"),), lambda: 1_800_000_000.0)
 WANTED = frozenset(MECHANISMS)
 #: Whose client certificate ``@tls`` shows where a dialogue has ``@set certificate_identity=…``.
 CERTIFICATES = {"DNS:alice.example": "alice"}
@@ -92,10 +95,12 @@ class Settings:
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
     message_size: int = 25 * 2**20
     recipients: int = 1000
+    null_sender_recipients: int = 1000
     hops: int = 100
     long_lines: Literal["accept", "reject"] = "accept"
-    bare_newlines: Literal["reject", "normalize"] = "reject"
+    bare_newlines: Literal["reject", "disconnect", "normalize"] = "reject"
     binarymime: bool = True
+    dsn: bool = True
     xclient: bool = False  # the client may speak for others
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
     auth: Literal["off", "offered", "required"] = "off"
@@ -103,6 +108,7 @@ class Settings:
     senders: bool = False
     certificate_identity: Literal["off", "external", "implied"] = "off"  # @tls shows a certificate of alice's
     routes: tuple[Route, ...] = (Route(("*@app.example",), ("app",), requiretls=True),)
+    extensions: bool = False
 
     def rules(self) -> Rules:
         return Rules(
@@ -111,6 +117,7 @@ class Settings:
             protocol=self.protocol,
             message_size=self.message_size,
             recipients=self.recipients,
+            null_sender_recipients=self.null_sender_recipients,
             hops=self.hops,
             long_lines=self.long_lines,
             bare_newlines=self.bare_newlines,
@@ -118,6 +125,8 @@ class Settings:
             certificates=CERTIFICATES,
             certificate_identity=self.certificate_identity,
             requiretls=any(route.requiretls for route in self.routes),
+            dsn=self.dsn,
+            extensions=EXTENSIONS if self.extensions else Extensions(),
             tls=self.tls,
             auth=self.auth,
             auth_without_tls=self.auth_without_tls,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -232,7 +234,30 @@ async def redirects_to_a_200(reader: asyncio.StreamReader, writer: asyncio.Strea
     await writer.drain()
 
 
+async def two_lengths(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 4\r\n\r\nokok")
+    await writer.drain()
+
+
+async def length_that_is_no_number(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\nok")
+    await writer.drain()
+
+
+async def resets_after_half_a_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-le")
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.transport.abort()
+
+
 MISBEHAVIOURS: list[Misbehaviour] = [
+    two_lengths,
+    length_that_is_no_number,
+    resets_after_half_a_head,
     never_answers,
     drips_a_200,
     drips_its_head,
@@ -248,4 +273,71 @@ MISBEHAVIOURS: list[Misbehaviour] = [
     speaks_smtp,
     speaks_http_0_9,
     status_of_two_digits,
+]
+
+
+async def answers_before_the_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As an upstream with its 250 before the dot. Shows where the body is more than sockets hold."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+    await asyncio.sleep(60)
+
+
+# Those that give a whole answer, but not one that says the mail was taken.
+
+
+@functools.cache
+def _bomb() -> bytes:
+    packed = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join(packed.compress(bytes(1 << 20)) for _ in range(128)) + packed.flush()
+
+
+async def gzip_bomb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """130 KB on the wire, 128 MiB for whoever takes the content-encoding at its word."""
+    await read_request(reader)
+    bomb = await asyncio.to_thread(_bomb)
+    writer.write(
+        b"HTTP/1.1 503 Busy\r\ncontent-type: text/plain\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%b" % (len(bomb), bomb)
+    )
+    await writer.drain()
+
+
+async def endless_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 500 Oh\r\ncontent-type: text/plain\r\n\r\n")
+    while True:
+        writer.write(b"no" * 32768)
+        await writer.drain()
+
+
+async def answers_what_was_never_asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Keep-alive desync: a 200 on the idle connection must not answer the next request."""
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+    await read_request(reader)
+    await asyncio.sleep(60)
+
+
+async def says_two_answers_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+    await read_request(reader)
+    await asyncio.sleep(60)
+
+
+#: Every way in which a receiver of webhooks misbehaves (bad input W2).
+RECEIVERS: list[Misbehaviour] = [
+    *MISBEHAVIOURS,
+    switches_protocols,
+    redirects_to_a_200,
+    gzip_bomb,
+    endless_body,
+    answers_what_was_never_asked,
+    says_two_answers_at_once,
 ]

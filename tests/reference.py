@@ -228,8 +228,8 @@ class Content:
 
 
 _NEWLINE_FAULTS = {
-    False: re.compile(rb"(?P<newline>\r(?!\n|\Z)|(?<!\r)\n)|(?P<nul>\0)"),
-    True: re.compile(rb"(?P<newline>\r(?!\n|\Z))|(?P<nul>\0)"),
+    False: re.compile(rb"(?P<newline>\r(?![\n\0]|\Z)|(?<!\r)\n)|(?P<nul>\0)"),
+    True: re.compile(rb"(?P<newline>\r(?![\n\0]|\Z))|(?P<nul>\0)"),
 }
 
 

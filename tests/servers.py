@@ -78,9 +78,17 @@ class GatewayProcess:
     """``python -m gateway serve`` with a configuration of the test's own.
 
     ``config`` is TOML with listeners on port 0; ``[spool]`` is added if it is not there. ``events``
-    are the lines of the event log so far, ``noise`` all else that came on standard error."""
+    are the lines of the event log so far, ``noise`` all else that came on standard error. ``under``:
+    a command that runs it, as ``strace -D`` does."""
 
-    def __init__(self, folder: Path, config: str, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        under: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.spool = folder / "spool"
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +99,7 @@ class GatewayProcess:
         self.events: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._arguments = list(arguments)
+        self._under = list(under)
         self._environment = {**os.environ, **(environment or {})}
         self._news = threading.Condition()
         self._ended = False
@@ -107,7 +116,7 @@ class GatewayProcess:
         """Starts the process without waiting for it. The events begin anew."""
         self.events, self.noise, self._ended = [], [], False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "serve", "--config", str(self.config), *self._arguments],
+            [*self._under, sys.executable, "-m", "gateway", "serve", "--config", str(self.config), *self._arguments],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=ROOT,

@@ -29,6 +29,7 @@ from .. import __version__
 from ..contracts import Question, Stage, Verdict
 from ..message import Message
 from ..mime.formats.standard import client_facts
+from ..net.addresses import not_public
 from ..net.http import Answer, HttpFault, http_client
 from ..net.signature import Signer
 from ..reply import Reply
@@ -53,7 +54,7 @@ class HttpCheck:
         self._timeout = config.timeout
         self._accepts = config.on_error == "accept"
         self._signer = Signer([config.secret])
-        self._http = http_client("pyreqwest", CONNECTIONS)
+        self._http = http_client("pyreqwest", CONNECTIONS, not_public if config.addresses == "public" else None)
 
     async def judge(self, question: Question) -> Verdict:
         deadline = asyncio.get_running_loop().time() + self._timeout

@@ -110,7 +110,9 @@ def is_delimiter(line: bytes, delimiters: Container[bytes]) -> bool:
 
 # ---------------------------------------------------------------- parameters
 
-_PARAMETER = re.compile(r'[\s;]*([^\s=;"]+)\s*(?:=\s*("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)|(?=;|\Z))', re.DOTALL)
+#: Matches everywhere: what is no "name=value" is gone over up to the next semicolon. Nothing is given
+#: back that was once taken: a long row of semicolons would cost its length for each of them.
+_PARAMETER = re.compile(r'[\s;]*+(?:([^\s=;"]++)\s*+(?:=\s*+("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)|(?=;|\Z))|[^;]*+)', re.DOTALL)
 _SECTIONED = re.compile(r"([^*]+)\*(?:(\d{1,9})(\*)?)?\Z")
 _ESCAPED = re.compile(r'\\(["\\])')
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
@@ -131,12 +133,7 @@ def parameters(value: str, problems: Problems, where: str) -> tuple[str, dict[st
             problems.note(f"{where}: over {PARAMETER_LIMIT} parameters, the rest is left out")
             break
         match = _PARAMETER.match(rest, at)
-        if match is None:
-            # Not "name=value": go on behind the next semicolon.
-            at = rest.find(";", at + 1)
-            if at < 0:
-                break
-            continue
+        assert match is not None  # see above
         at = match.end()
         given = match[2]
         if given is None:

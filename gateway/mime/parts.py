@@ -25,6 +25,8 @@ from .words import Problems, base64_octets, decode_words, field_text, quoted_pri
 PART_LIMIT, DEPTH_LIMIT, BOUNDARY_LIMIT = 1000, 100, 2048
 #: Header fields of all parts together.
 PART_FIELDS = 10_000
+#: Semicolons, each of which may begin a parameter, of all fields that have some together.
+PARAMETERS = 10_000
 #: Lines that begin with "--" and are no delimiter: so many, and one more per so many octets.
 STRAY_LIMIT, STRAY_SHARE = 10_000, 64
 
@@ -166,6 +168,7 @@ class _Body:
         self.leaf: _Leaf | None = None
         self.parts = 0
         self.fields_left = PART_FIELDS
+        self.parameters_left = PARAMETERS
 
     def read(self, fields: list[tuple[str, bytes]], body: int) -> None:
         content, size = self.content, len(self.content)
@@ -239,6 +242,13 @@ class _Body:
             self._end_leaf(end)
         del self.stack[depth:]
 
+    def _parameters(self, value: str, where: str) -> tuple[str, dict[str, str]]:
+        self.parameters_left -= value.count(";")
+        if self.parameters_left >= 0:
+            return parameters(value, self.problems, where)
+        self.problems.note(f"{where}: over {PARAMETERS} parameters in all parts, the rest is left out")
+        return value.partition(";")[0].strip(), {}
+
     def _begin(self, fields: list[tuple[str, bytes]], body: int, kind: str) -> None:
         """A part whose header was read: push a multipart, or open a leaf."""
         self.parts += 1
@@ -254,7 +264,7 @@ class _Body:
         charset: str | None = None
         boundary = ""
         if "content-type" in given:
-            main, params = parameters(given["content-type"], self.problems, "Content-Type")
+            main, params = self._parameters(given["content-type"], "Content-Type")
             match = _TYPE.match(main)
             name = params.get("name")
             charset = re.split(r"[\s(]", params.get("charset", "").strip(), maxsplit=1)[0].strip("'\"") or None
@@ -267,7 +277,7 @@ class _Body:
         disposition: str | None = None
         filename: str | None = None
         if "content-disposition" in given:
-            main, params = parameters(given["content-disposition"], self.problems, "Content-Disposition")
+            main, params = self._parameters(given["content-disposition"], "Content-Disposition")
             word = main.split(None, 1)[0].lower() if main.strip() else ""
             disposition = "inline" if word == "inline" else "attachment" if word else None
             filename = params.get("filename")

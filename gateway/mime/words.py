@@ -74,6 +74,8 @@ _SPACED_BREAK = re.compile(rb"=[ \t]+(?=\r?\n)")
 _NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
 #: Octets of base64 that are decoded in one call.
 _PIECE = 1 << 20
+#: Octets of quoted-printable whose spaced breaks are taken out at a time.
+_LINES = 1 << 16
 
 
 class Problems(list[str]):
@@ -250,10 +252,21 @@ def _repaired(octets: bytes, problems: Problems | None, where: str) -> bytes | N
     return _BROKEN.sub(b"=3D", octets)
 
 
+def _without_spaced_breaks(octets: bytes) -> bytes:
+    """Some lines at a time: the pieces between the breaks are objects, of twenty times their size."""
+    made = bytearray()
+    at = 0
+    while at < len(octets):
+        end = octets.find(b"\n", at + _LINES) + 1 or len(octets)
+        made += _SPACED_BREAK.sub(b"=", octets[at:end])
+        at = end
+    return bytes(made)
+
+
 def quoted_printable_octets(octets: bytes, problems: Problems, where: str) -> bytes:
     """RFC 2045 §6.7. A broken escape stays as it was; octets that are no quoted-printable at all too."""
     if _SPACED_BREAK.search(octets):
-        octets = _SPACED_BREAK.sub(b"=", octets)
+        octets = _without_spaced_breaks(octets)
     fixed = _repaired(octets, problems, where)
     if fixed is None:
         problems.note(f"{where}: not quoted-printable, left as it was")

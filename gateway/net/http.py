@@ -4,6 +4,12 @@ Owns pools, the total deadline, the bound on answers. Knows no mail and no statu
 500 are both an ``Answer``. Redirects are never followed, nothing is decompressed, no proxy is
 taken from the environment.
 
+A client can be given a judge of addresses (``refusal``). It is asked once for each connection, of
+the very address that is connected to next, whether that came from a name, from a number in
+any notation, or from a name that had another address a moment ago. Only aiohttp lets us look
+there: its connector takes a factory of sockets, which sees the resolved address; pyreqwest has
+no such place.
+
 Invariants: ``post`` returns by its deadline. Every fault of the transport, whatever a library
 calls it, is one ``HttpFault``: the far side may or may not have had the request. A broken,
 cut or late answer is a fault even if its status was read; of an answer that is whole or over
@@ -16,13 +22,15 @@ RFC 9110, RFC 9112. The libraries are imported with the first client that needs 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+import errno
+import socket
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession
+    from aiohttp import AddrInfoType, ClientSession
     from pyreqwest.client import Client
 
 #: Octets of an answer's body that are read.
@@ -37,23 +45,28 @@ Body = bytes | Iterable[bytes] | AsyncIterable[bytes]
 
 
 class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of ours)
-    """No whole answer. ``reason``: short, without the URL. ``late``: the deadline passed."""
+    """No whole answer. ``reason``: short, without the URL. ``late``: the deadline passed.
+    ``forbidden``: the address must not be connected to (our policy's word, or a firewall's on this
+    machine), and nothing was sent."""
 
-    def __init__(self, reason: str, late: bool = False) -> None:
+    def __init__(self, reason: str, late: bool = False, forbidden: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.late = late
+        self.forbidden = forbidden
 
 
 @dataclass(slots=True)
 class Answer:
     """``headers``: those of ``KEPT_HEADERS`` that were given, first value each. ``body``: its first
-    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all."""
+    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all. ``early``: it
+    came before all of the request's body had left us, so its sender cannot have had it."""
 
     status: int
     headers: dict[str, str]
     body: bytes = field(repr=False)
     whole: bool = True
+    early: bool = False
 
 
 class HttpClient(Protocol):
@@ -68,9 +81,15 @@ class HttpClient(Protocol):
     async def close(self) -> None: ...
 
 
-def http_client(kind: Literal["pyreqwest", "aiohttp"], connections: int) -> HttpClient:
-    """A client. ``connections``: requests out at once, and (pyreqwest alone) idle connections kept."""
-    return _Pyreqwest(connections) if kind == "pyreqwest" else _Aiohttp(connections)
+#: Why a numeric address is not connected to; None: it may be.
+Refusal = Callable[[str], str | None]
+
+
+def http_client(kind: Literal["pyreqwest", "aiohttp"], connections: int, refusal: Refusal | None = None) -> HttpClient:
+    """A client. ``connections``: requests out at once, and (pyreqwest alone) idle connections kept.
+    ``refusal`` judges every address before it is connected to (``addresses.not_public``), and makes
+    it aiohttp, whatever ``kind`` says."""
+    return _Pyreqwest(connections) if kind == "pyreqwest" and refusal is None else _Aiohttp(connections, refusal)
 
 
 def shown(url: str) -> str:
@@ -79,9 +98,23 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-async def _asynchronous(body: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for piece in body:
-        yield piece
+class _Departing:
+    """A body that leaves in pieces, and how much of it has not left yet."""
+
+    def __init__(self, body: Iterable[bytes] | AsyncIterable[bytes], headers: Headers) -> None:
+        self._body = body
+        #: Octets; without a length nobody can say, and none is left.
+        self.left = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        if isinstance(self._body, AsyncIterable):
+            async for piece in self._body:
+                self.left -= len(piece)
+                yield piece
+        else:
+            for piece in self._body:
+                self.left -= len(piece)
+                yield piece
 
 
 def _slices(body: bytes) -> Iterable[bytes]:
@@ -119,7 +152,12 @@ class _Pyreqwest:
             # A client is asked for the same URL nearly always, and taking it apart is not cheap.
             self._url = (url, self._parse_url(url))
         request = self._client.post(self._url[1]).headers(headers)
-        request = request.body_bytes(body) if isinstance(body, bytes) else request.body_stream(body)
+        departing = None
+        if isinstance(body, bytes):
+            request = request.body_bytes(body)
+        else:
+            departing = _Departing(body, headers)
+            request = request.body_stream(departing.pieces())
         async with request.build_streamed() as response:
             reader = response.body_reader
             pieces: list[bytes] = []
@@ -128,7 +166,8 @@ class _Pyreqwest:
                 pieces.append(bytes(piece))
                 size += len(pieces[-1])
             kept = {name: value for name in KEPT_HEADERS if (value := response.get_header(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
+            early = departing is not None and departing.left > 0
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
 
     async def close(self) -> None:
         await self._client.close()
@@ -142,10 +181,14 @@ def _innermost(fault: Exception) -> str:
 
 
 class _Aiohttp:
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, refusal: Refusal | None) -> None:
         import aiohttp
 
+        from .bounded import BoundedConnector
+
         self._aiohttp = aiohttp
+        self._connector = BoundedConnector
+        self._refusal = refusal
         self._connections = connections
         self._gate = asyncio.Semaphore(connections)
         self._session: ClientSession | None = None
@@ -155,7 +198,13 @@ class _Aiohttp:
         # No connection is used twice: what a peer sends on an idle one, aiohttp takes for the answer
         # to the next request, and a mail would count as delivered that nobody has.
         session: ClientSession = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, force_close=True),
+            connector=self._connector(
+                limit=self._connections,
+                force_close=True,
+                # The system's resolver, as pyreqwest has it, whatever else is installed.
+                resolver=aiohttp.ThreadedResolver(),
+                socket_factory=None if self._refusal is None else self._socket,
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -163,6 +212,13 @@ class _Aiohttp:
             skip_auto_headers=("accept-encoding", "content-type", "user-agent"),
         )
         return session
+
+    def _socket(self, target: AddrInfoType) -> socket.socket:
+        """For a connection to exactly this address. Raises what lets aiohttp go on to the next one."""
+        family, kind, protocol, _, address = target
+        if self._refusal is not None and (why := self._refusal(str(address[0]))) is not None:
+            raise PermissionError(errno.EACCES, f"refused by policy: {why}")
+        return socket.socket(family, kind, protocol)
 
     async def post(self, url: str, headers: Headers, body: Body, deadline: float) -> Answer:
         aiohttp = self._aiohttp
@@ -172,20 +228,26 @@ class _Aiohttp:
         if isinstance(body, bytes) and len(body) > WHOLE:
             given.append(("content-length", str(len(body))))
             body = _slices(body)
-        if not isinstance(body, (bytes, AsyncIterable)):
-            body = _asynchronous(body)
         try:
             async with asyncio.timeout_at(deadline), self._gate:
                 return await self._exchange(self._session, url, given, body)
         except TimeoutError:
             raise HttpFault("no answer in time", late=True) from None
         except aiohttp.InvalidURL:
-            raise
+            if self._refusal is None:
+                raise
+            raise HttpFault("refused by policy: the host of the URL is written in an odd way", forbidden=True) from None
+        except aiohttp.ClientConnectorError as fault:
+            if isinstance(cause := fault.os_error, PermissionError):
+                raise HttpFault(cause.strerror or "refused by policy", forbidden=True) from None
+            raise HttpFault(_one_line(fault)) from None
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as fault:
             raise HttpFault(_one_line(fault)) from None
 
-    async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: bytes | AsyncIterable[bytes]) -> Answer:
-        async with session.post(url, headers=headers, data=body, allow_redirects=False) as response:
+    async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: Body) -> Answer:
+        departing = None if isinstance(body, bytes) else _Departing(body, headers)
+        sent = body if departing is None else departing.pieces()
+        async with session.post(url, headers=headers, data=sent, allow_redirects=False) as response:
             pieces: list[bytes] = []
             size = 0
             async for piece in response.content.iter_any():
@@ -196,7 +258,8 @@ class _Aiohttp:
                     response.close()
                     break
             kept = {name: value for name in KEPT_HEADERS if (value := response.headers.get(name)) is not None}
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT)
+            early = departing is not None and departing.left > 0
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
 
     async def close(self) -> None:
         if self._session is not None:

@@ -31,6 +31,10 @@ SLICE = 8 * 1024
 #: Octets of plain text in one record (RFC 8446 §5.1), the most that one read gives.
 RECORD = 16 * 1024
 
+#: Octets that may come after the handshake without any plain text among them: enough for a record
+#: that is not whole yet, or a few changes of keys, and the end of whoever sends nothing but those.
+BARREN = 64 * 1024
+
 # The state of the connection. ENDED: the client sends no more. SHUT: neither we nor, as far as
 # we listen, the client; what still comes is passed on unread, to be counted.
 SHAKING, OPEN, ENDED, SHUT = range(4)
@@ -70,7 +74,7 @@ class SecureTransport(asyncio.Protocol):
     """See the module. From its making on it has the transport; ``above`` is heard through
     ``secured`` or ``insecure`` first."""
 
-    __slots__ = ("_above", "_incoming", "_outgoing", "_state", "_tls", "_transport")
+    __slots__ = ("_above", "_barren", "_incoming", "_outgoing", "_state", "_tls", "_transport")
 
     def __init__(self, transport: asyncio.Transport, above: Above, context: ssl.SSLContext) -> None:
         self._transport = transport
@@ -79,6 +83,7 @@ class SecureTransport(asyncio.Protocol):
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._state = SHAKING
+        self._barren = 0  # octets since the last plain text
         transport.set_protocol(self)
 
     # ---------------------------------------------- what the network says to us
@@ -86,6 +91,7 @@ class SecureTransport(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._state == SHAKING or self._state == OPEN:
             if len(data) <= SLICE:
+                self._barren += len(data)
                 self._incoming.write(data)
                 self._read()
             else:
@@ -130,7 +136,9 @@ class SecureTransport(asyncio.Protocol):
     def _read_in_slices(self, data: memoryview) -> None:
         pieces: list[bytes] = []
         for start in range(0, len(data), SLICE):
-            self._incoming.write(data[start : start + SLICE])
+            piece = data[start : start + SLICE]
+            self._barren += len(piece)
+            self._incoming.write(piece)
             if self._state == SHAKING and not self._shake(start + SLICE < len(data)):
                 continue
             if self._state != OPEN or not self._decipher(pieces):
@@ -150,6 +158,7 @@ class SecureTransport(asyncio.Protocol):
             return False
         self._flush()
         self._state = OPEN
+        self._barren = 0
         cipher = tls.cipher()
         # The context may be another than that of the beginning, by the name that the client asked for.
         bound = tls.context.end_point if isinstance(tls.context, BoundContext) else None
@@ -166,6 +175,7 @@ class SecureTransport(asyncio.Protocol):
             while self._state == OPEN and (incoming.pending or tls.pending()):
                 piece = tls.read(RECORD)
                 if piece:
+                    self._barren = 0
                     pieces.append(piece)
                 else:
                     # close_notify. What is sent after it is none of the client's words.
@@ -179,9 +189,21 @@ class SecureTransport(asyncio.Protocol):
             pieces.clear()
             self._break(_told(error))
             return False
+        if self._state == OPEN and (fault := self._abuse()):
+            self._hand_up(pieces)
+            pieces.clear()
+            self._break(fault)
+            return False
         # An answer of OpenSSL's own, to a change of keys for example.
         self._flush()
         return self._state == OPEN
+
+    def _abuse(self) -> str:
+        """What a client did with records that carry none of its words, where that is too much."""
+        if self._barren > BARREN:
+            return "records without content"
+        # Up to TLS 1.2 the only answer of OpenSSL's own to records is "no renegotiation".
+        return "renegotiation" if self._outgoing.pending and self._tls.version() != "TLSv1.3" else ""
 
     def _hand_up(self, pieces: list[bytes]) -> None:
         if pieces and self._state != SHUT:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,6 +44,7 @@ from ..contracts import BROKEN, INTERRUPTED, Delivery, Outcome
 from ..message import INLINE_LIMIT
 from ..net.tls import client_context
 from ..reply import Reply
+from ..smtp import extensions
 from ..smtp.client import ClientSession, Event, Mail, Settled, Terms, TLSWanted, Unusable
 
 #: Seconds to connect to one host.
@@ -121,6 +123,7 @@ class Job:
         message = self.delivery.message
         recipients = self.delivery.recipients
         stored = message.stored
+        timed = extensions.deadline(message)
         return Mail(
             mail_from=message.envelope.mail_from,
             params=message.envelope.mail_params,
@@ -128,6 +131,9 @@ class Job:
             size=len(message.trace) + stored.size,
             eight_bit=stored.eight_bit or not message.trace.isascii(),
             octets=message.trace + stored.read() if stored.path is None else None,
+            by=None if timed is None else timed[1],
+            elapsed=lambda: time.time() - message.received_at,
+            priority=extensions.traced_priority(message.envelope, message.priority),
         )
 
     def pieces(self) -> Iterator[bytes]:
@@ -519,6 +525,12 @@ class RelaySink:
                 if not isinstance(error, (OSError, UnicodeError)):
                     raise
                 self._blame(job, host, Reply.untrusted(451, f"4.4.1 cannot connect to {host.label}: {_reason(error)}"), down=True)
+                continue
+            if (ended := connection.session.ended) is not None:
+                # It spoke or was lost as it came up, before the job could reach it.
+                host.connections -= 1
+                connection.abort()
+                self._blame(job, host, ended.reply, ended.down)
                 continue
             connection.setup_until = until
             connection.acted = self.now()

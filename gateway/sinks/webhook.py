@@ -3,7 +3,8 @@
 Owns what an HTTP status means for mail. Knows neither the body (a format of ``gateway.mime``)
 nor the transport (``gateway.net.http``).
 
-Invariants: one answer settles all recipients. Only 2xx, read to its end, is delivered; 400,
+Invariants: one answer settles all recipients. Only 2xx, read to its end and not said before the
+message had left, is delivered; 400,
 406, 413, 415 and 422 are failed; all else, faults included, is deferred and counts against the
 sink, because a bad deploy or a rotated secret must not bounce promised mail. ``webhook-id`` is
 the id of the delivery, the same on every try. Nothing that a mail or an answer holds becomes a
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..contracts import AsyncSink, Delivery, Outcome
 from ..mime.formats import Payload, format_named
+from ..net.addresses import not_public
 from ..net.http import Answer, Body, HttpFault, http_client, shown
 from ..net.signature import Signer
 from ..reply import Reply
@@ -62,7 +64,8 @@ class WebhookSink(AsyncSink):
         self._format = format_named(config.format)
         self._signer = Signer([config.secret, config.previous_secret])
         self._static = [*config.headers.items(), ("user-agent", f"gateway-smtp/{__version__}")]
-        self._http = http_client(config.client, config.concurrency)
+        refusal = not_public if config.addresses == "public" else None
+        self._http = http_client(config.client, config.concurrency, refusal)
         self._threads = Threads(f"webhook-{name}", THREADS)
 
     async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
@@ -77,9 +80,9 @@ class WebhookSink(AsyncSink):
                 headers, payload = self._request(delivery)
             answer = await self._http.post(self._url, headers, self._body(payload), deadline)
         except HttpFault as fault:
-            outcome = self._faulty(fault.reason, fault.late)
+            outcome = self._faulty(fault.reason, "4.4.2" if fault.late else "4.7.1" if fault.forbidden else "4.4.1")
         except TimeoutError:
-            outcome = self._faulty("the body was not made in time", late=True)
+            outcome = self._faulty("the body was not made in time", "4.4.2")
         except OSError as error:
             # Our own disk: the content could not be read.
             outcome = Outcome("deferred", Reply.untrusted(451, f"4.3.0 {error.strerror or 'content unreadable'}"))
@@ -107,11 +110,13 @@ class WebhookSink(AsyncSink):
         while (piece := await self._threads.run(lambda: next(chunks, None))) is not None:
             yield piece
 
-    def _faulty(self, reason: str, late: bool) -> Outcome:
-        return Outcome("deferred", Reply.untrusted(451, f"{'4.4.2' if late else '4.4.1'} {reason}"), self._remote, down=True)
+    def _faulty(self, reason: str, enhanced: str) -> Outcome:
+        return Outcome("deferred", Reply.untrusted(451, f"{enhanced} {reason}"), self._remote, down=True)
 
     def _judged(self, answer: Answer) -> Outcome:
         status = answer.status
+        if 200 <= status <= 299 and answer.early:
+            return self._faulty(f"HTTP {status} before the message was sent", "4.5.0")
         if 200 <= status <= 299:
             return Outcome("delivered", Reply.ok(f"HTTP {status}"), self._remote)
         said = _said(answer)

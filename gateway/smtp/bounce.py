@@ -28,6 +28,7 @@ from typing import Literal
 
 from ..message import Envelope, Message, Params, Recipient
 from ..reply import Reply
+from . import extensions
 from .trace import date_header
 
 #: ``failed``: it will not arrive (refused, or tried until it expired). ``delayed``: it did not
@@ -73,6 +74,17 @@ def wants(recipient: Recipient, kind: Kind) -> bool:
     if notify is None:
         return kind == "failed"
     return _NOTIFY[kind] in notify.upper().split(",")
+
+
+def awaits(recipient: Recipient) -> bool:
+    """Is word of a delay wanted where the sender set a time for it (RFC 2852, BY with mode N)?
+    Then it is, unless NOTIFY says otherwise."""
+    return recipient.params.get("NOTIFY") is None or wants(recipient, "delayed")
+
+
+def traces(recipient: Recipient) -> bool:
+    """Is word wanted that a relay has it, where BY asks for that (RFC 2852)? NEVER silences it."""
+    return (recipient.params.get("NOTIFY") or "").upper() != "NEVER"
 
 
 def excerpt_size(message: Message, kind: Kind) -> int:
@@ -181,6 +193,12 @@ def _for_programs(kind: Kind, message: Message, results: Sequence[Result], repor
     if envid:
         groups[0].append(f"Original-Envelope-Id: {_ascii(_from_xtext(envid))}")
     groups[0].append(f"Arrival-Date: {date_header(message.received_at)}")
+    timed = extensions.deadline(message)
+    if timed is not None:
+        groups[0].append(f"Deliver-By-Date: {date_header(timed[0])}")  # RFC 2852
+    for keyword, form in (("HOLDFOR", "for"), ("HOLDUNTIL", "until")):
+        if asked := message.envelope.mail_params.get(keyword):
+            groups[0].append(f"Future-Release-Request: {form}; {asked}")  # RFC 4865
     for recipient, reply, remote in results:
         fields = []
         original = recipient.params.get("ORCPT")

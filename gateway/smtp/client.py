@@ -4,7 +4,7 @@ Owns what we say and in which order, what each reply means, and for which recipi
 Octets in, octets and events out; knows no socket, no clock, no pool and no file. RFC 5321
 (client's part), RFC 2920 (PIPELINING), RFC 3030 (BDAT), RFC 1870 (SIZE), RFC 6152
 (8BITMIME), RFC 6531 (SMTPUTF8), RFC 3461 (DSN), RFC 3207 (STARTTLS), RFC 4954 (AUTH),
-RFC 2033 (LMTP), RFC 9422 (LIMITS).
+RFC 2033 (LMTP), RFC 9422 (LIMITS), RFC 2852 (DELIVERBY), RFC 6710 (MT-PRIORITY).
 
 Invariants:
 - Delivered is said only after a 2yz that answers the end of data. Whatever else comes (silence,
@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -31,6 +31,7 @@ from .._parser import ReplyReceiver, stuff
 from ..contracts import Outcome
 from ..message import INLINE_LIMIT, Params, Recipient
 from ..reply import Reply
+from .extensions import DeliverBy
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +61,8 @@ class Terms:
 class Mail:
     """What is to be carried: an envelope for some recipients, and the content with our trace
     header. ``size`` in octets. ``octets`` is None where the content is handed over in pieces
-    (``ClientSession.content``)."""
+    (``ClientSession.content``). ``by``: a time to deliver it by, of which ``elapsed()`` seconds are
+    over. ``priority``: None where none was asked for."""
 
     mail_from: str
     params: Params
@@ -68,6 +70,9 @@ class Mail:
     size: int
     eight_bit: bool
     octets: bytes | None
+    by: DeliverBy | None = None
+    elapsed: Callable[[], float] = lambda: 0.0
+    priority: int | None = None
 
 
 @dataclass(slots=True)
@@ -119,6 +124,9 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _NO_SMTPUTF8 = Reply(550, "5.6.7", "the next hop does not carry UTF-8 addresses")
 _NO_8BITMIME = Reply(554, "5.6.3", "the next hop does not carry 8-bit content")
 _NO_BINARYMIME = Reply(554, "5.6.1", "the next hop does not carry binary content")
+#: RFC 2852: with mode R it may only go to who promises to keep the time.
+_NO_DELIVERBY = Reply(554, "5.4.7", "the next hop does not offer DELIVERBY, and the message was not to go on without")
+_NOT_IN_TIME = Reply(554, "5.4.7", "the time left is less than the next hop wants")
 _TOO_LARGE = Reply(552, "5.3.4", "the message is larger than the next hop takes")
 _BAD_SENDER = Reply(501, "5.1.7", "the sender's address cannot be put on a line")
 _BAD_RECIPIENT = Reply(501, "5.1.3", "the address cannot be put on a line")
@@ -166,6 +174,7 @@ class ClientSession:
         "_verdicts",
         "_verified",
         "closing",
+        "ended",
         "mail_limit",
         "recipient_limit",
         "remote",
@@ -176,6 +185,8 @@ class ClientSession:
         self.remote = remote
         #: Write what is outgoing, then close.
         self.closing = False
+        #: Why it ended, where that was before any mail was begun (or between two).
+        self.ended: Unusable | None = None
         #: Mails on one connection, recipients in one transaction (LIMITS); None: nothing was said.
         self.mail_limit: int | None = None
         self.recipient_limit: int | None = None
@@ -466,6 +477,10 @@ class ClientSession:
             words.append("SMTPUTF8")
         if "REQUIRETLS" in params and "REQUIRETLS" in offers and self._verified:
             words.append("REQUIRETLS")
+        if mail.by is not None and "DELIVERBY" in offers:
+            words.append(f"BY={mail.by.said(mail.elapsed())}")
+        if mail.priority is not None and "MT-PRIORITY" in offers:
+            words.append(f"MT-PRIORITY={mail.priority}")
         if self._dsn:
             words.extend(f"{key}={params[key]}" for key in ("RET", "ENVID") if params.get(key))
         line = " ".join(words)
@@ -522,7 +537,17 @@ class ClientSession:
         limit = offers.get("SIZE", "")
         if limit.isascii() and limit.isdigit() and 0 < int(limit[:19]) < mail.size:
             return _TOO_LARGE
-        return None
+        return self._too_late(mail.by, mail.elapsed()) if mail.by is not None and mail.by.returns else None
+
+    def _too_late(self, by: DeliverBy, elapsed: float) -> Reply | None:
+        """Can this upstream keep the time of mode R? A mail store delivers on the spot."""
+        left = by.seconds - elapsed
+        offer = self._offers.get("DELIVERBY")
+        if offer is None and not self._terms.lmtp:
+            return _NO_DELIVERBY
+        least = (offer or "").partition(",")[0]
+        wanted = int(least) if least.isascii() and least.isdigit() and len(least) <= 9 else 0
+        return _NOT_IN_TIME if left <= 0 or left < wanted else None
 
     def _next(self) -> None:
         """Without PIPELINING: the next command of the envelope."""
@@ -675,7 +700,12 @@ class ClientSession:
             return Outcome("deferred", reply, self.remote)
         mail = self._mail
         notifies = self._dsn and mail is not None and index is not None and "NOTIFY" in mail.recipients[index].params
-        return Outcome("delivered", reply, self.remote, notifies=notifies)
+        return Outcome("delivered", reply, self.remote, notifies=notifies, onward=self._onward())
+
+    def _onward(self) -> Literal["", "timed", "untimed"]:
+        if self._mail is None or self._mail.by is None or self._terms.lmtp:
+            return ""
+        return "timed" if "DELIVERBY" in self._offers else "untimed"
 
     def _finish(self, dirty: bool = False, closing: bool = False) -> Settled:
         verdicts = self._verdicts
@@ -684,7 +714,7 @@ class ClientSession:
         elif self._content_reply is not None:
             reply = self._content_reply
             if reply.code < 400 and not self._dsn:
-                outcome = Outcome("delivered", reply, self.remote)
+                outcome = Outcome("delivered", reply, self.remote, onward=self._onward())
                 for index in self._accepted:
                     verdicts[index] = outcome
             else:
@@ -768,6 +798,7 @@ class ClientSession:
             self._out.append(b"QUIT\r\n")
         self.closing = True
         if self._mail is None:
+            self.ended = Unusable(reply, down=True, stale=False)
             return None
         self._forget()
         return Unusable(reply, down=True, stale=False)
@@ -800,6 +831,7 @@ class ClientSession:
         """The conversation is over. ``untouched``: nothing of this mail was answered."""
         self.closing = True
         if self._mail is None:
+            self.ended = Unusable(reply, down, stale=False)
             return None
         stale = untouched and self._count > 0
         if not self._sent or untouched:

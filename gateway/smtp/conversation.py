@@ -370,10 +370,13 @@ class Conversation(ABC):
 
     def _tell_off(self, refused: Refused, closes: bool = False) -> None:
         reply = refused.reply
-        self._events.append(refused)
-        self._say(reply.wire)
+        self._tell(refused)
         if closes or reply.code == 421 or reply in replies.CLOSING:
             self._close()
+
+    def _tell(self, refused: Refused) -> None:
+        self._events.append(refused)
+        self._say(refused.reply.wire)
 
     def _fault(self, stage: Stage, reply: Reply, address: str | None = None) -> None:
         """Refuse, and count it where it is permanent: too many end the session."""

@@ -4,7 +4,8 @@ Owns the grammar of the values; the keywords were taken apart by the parser. Dec
 nothing: None is well, a Reply refuses. Keywords come in upper case.
 
 SIZE RFC 1870, BODY RFC 6152 and RFC 3030, SMTPUTF8 RFC 6531, RET ENVID NOTIFY ORCPT RFC 3461
-(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5, REQUIRETLS RFC 8689 §2.
+(ORCPT with ``utf-8`` RFC 6533), AUTH RFC 4954 §5, REQUIRETLS RFC 8689 §2. What is asked of the
+queue stands in ``extensions.py``.
 """
 
 from __future__ import annotations
@@ -12,36 +13,66 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ..message import Params
+from ..message import Client, Params
 from ..reply import Reply
 from . import replies
+from .events import Rules
+from .extensions import KEYWORDS
 
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")
 #: RFC 6533 §3: in a transaction with SMTPUTF8 an address of type utf-8 may be said as it is.
 _UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
 _ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~.]+")
 _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
+#: Of MAIL. All that RCPT may have is of DSN, too.
+_DSN = frozenset({"RET", "ENVID"})
 _SIZE_DIGITS = 20
 
 
-def mail_parameters(params: Params, limit: int, binary: bool, auth: bool = False, requiretls: bool = False) -> Reply | None:
-    """``limit``: octets a message may have; ``binary``: BINARYMIME is offered; ``auth``, ``requiretls``: so
-    are these."""
+def may_log_in(rules: Rules, client: Client) -> bool:
+    """AUTH is offered to this client: never in clear unless the listener says so."""
+    return rules.auth != "off" and (client.tls is not None or rules.auth_without_tls)
+
+
+def may_require_tls(rules: Rules, client: Client) -> bool:
+    """REQUIRETLS is offered to this client: only under TLS (RFC 8689 §2)."""
+    return rules.requiretls and client.tls is not None
+
+
+def offered(rules: Rules, client: Client) -> tuple[str, ...]:
+    """Keywords of EHLO that not every listener says to every client."""
+    return (
+        *(["BINARYMIME"] if rules.binarymime else []),
+        *(["DSN"] if rules.dsn else []),
+        *(["REQUIRETLS"] if may_require_tls(rules, client) else []),
+        *rules.extensions.offered(rules.protocol, client),
+        *(["STARTTLS"] if client.tls is None and rules.tls in ("starttls", "required") else []),
+    )
+
+
+def mail_parameters(params: Params, rules: Rules, client: Client) -> Reply | None:
+    """What was not offered to this client is unknown."""
+    if not KEYWORDS.isdisjoint(params):
+        refusal = rules.extensions.refusal(params, rules.extensions.may_hold(rules.protocol, client))
+        if refusal is not None:
+            return refusal
     for keyword, value in params.items():
+        if keyword in KEYWORDS:
+            continue
         judge = _MAIL.get(keyword)
-        if (keyword == "AUTH" and not auth) or (keyword == "REQUIRETLS" and not requiretls):
-            judge = None
-        if judge is None:
+        if judge is None or not _may_say(keyword, rules, client):
             return replies.PARAMETER_UNKNOWN
-        refusal = judge(value, limit, binary)
+        refusal = judge(value, rules.message_size, rules.binarymime)
         if refusal is not None:
             return refusal
     return None
 
 
-def rcpt_parameters(params: Params, utf8: bool) -> Reply | None:
+def rcpt_parameters(params: Params, rules: Rules, utf8: bool) -> Reply | None:
     """``utf8``: the transaction has SMTPUTF8."""
     for keyword, value in params.items():
+        if not rules.dsn:
+            return replies.PARAMETER_UNKNOWN
         if keyword == "NOTIFY":
             if not _is_notify(value or ""):
                 return replies.BAD_NOTIFY
@@ -51,6 +82,14 @@ def rcpt_parameters(params: Params, utf8: bool) -> Reply | None:
         else:
             return replies.PARAMETER_UNKNOWN
     return None
+
+
+def _may_say(keyword: str, rules: Rules, client: Client) -> bool:
+    if keyword == "AUTH":
+        return may_log_in(rules, client)
+    if keyword == "REQUIRETLS":
+        return may_require_tls(rules, client)
+    return rules.dsn or keyword not in _DSN
 
 
 def _size(value: str | None, limit: int, binary: bool) -> Reply | None:

@@ -15,6 +15,7 @@ from ..message import Client
 from ..reply import Reply
 from ..route import Routes
 from ..senders import Senders
+from .extensions import NOTHING, Extensions
 
 Stage = Literal["connect", "auth", "mail", "recipient", "data", "command"]
 
@@ -24,8 +25,9 @@ class Rules:
     """What a listener asks of its sessions. Shared by them, replaced whole on reload;
     only ``shortage`` changes in place.
 
-    ``message_size`` in octets. ``binarymime``: every route's sink carries it; ``requiretls``: those
-    of some route do, and clients under TLS may ask for it. ``client_checks``,
+    ``message_size`` in octets. ``binarymime``: every route's sink carries it; ``dsn``: somebody
+    carries reports; ``requiretls``: the sinks of some route keep it, and clients under TLS may ask
+    for it. ``null_sender_recipients``: of a mail from <>, None: as of any other. ``client_checks``,
     ``sender_checks``: names of the checks of that stage, for all mail; ``recipient_checks``: which
     names among ``Route.checks`` speak at the recipient stage. ``shortage``: MAIL is refused with
     it, and with a 421 every new connection. ``mechanisms``: those of AUTH, the best first;
@@ -38,9 +40,10 @@ class Rules:
     protocol: Literal["smtp", "submission", "lmtp"] = "smtp"
     message_size: int = 25 * 2**20
     recipients: int = 1000
+    null_sender_recipients: int | None = None
     hops: int = 100
     long_lines: Literal["accept", "reject"] = "accept"
-    bare_newlines: Literal["reject", "normalize"] = "reject"
+    bare_newlines: Literal["reject", "disconnect", "normalize"] = "reject"
     tls: Literal["off", "starttls", "required", "implicit"] = "off"
     auth: Literal["off", "offered", "required"] = "off"
     auth_without_tls: bool = False
@@ -49,7 +52,9 @@ class Rules:
     certificates: Mapping[str, str] = field(default_factory=dict)
     certificate_identity: Literal["off", "external", "implied"] = "off"
     binarymime: bool = True
+    dsn: bool = True
     requiretls: bool = False
+    extensions: Extensions = NOTHING
     client_checks: tuple[str, ...] = ()
     sender_checks: tuple[str, ...] = ()
     recipient_checks: frozenset[str] = frozenset()

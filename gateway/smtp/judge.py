@@ -13,7 +13,7 @@ from ..message import TLS, Client, Recipient
 from ..reply import Reply
 from ..route import Route
 from . import replies
-from .esmtp import mail_parameters, rcpt_parameters
+from .esmtp import mail_parameters, may_log_in, rcpt_parameters
 from .events import Rules
 
 #: Octets of a text line without its CRLF (RFC 5321 §4.5.3.1.6).
@@ -47,10 +47,9 @@ def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction |
     if not command.ascii and "SMTPUTF8" not in params and not (command.address or "").isascii():
         return replies.UTF8_SENDER
     if params:
-        requiretls = may_require_tls(rules, client)
-        if "REQUIRETLS" in params and not requiretls and rules.requiretls and rules.tls == "starttls":
+        if "REQUIRETLS" in params and client.tls is None and rules.requiretls and rules.tls == "starttls":
             return replies.REQUIRETLS_IN_CLEAR
-        refusal = mail_parameters(params, rules.message_size, rules.binarymime, may_log_in(rules, client), requiretls)
+        refusal = mail_parameters(params, rules, client)
         if refusal is not None:
             return refusal
     if rules.senders is not None:
@@ -66,16 +65,6 @@ def starttls(rules: Rules, client: Client, transaction: Transaction | None, comm
     if command.fault is not None:
         return replies.NO_ARGUMENT
     return None if transaction is None else replies.IN_TRANSACTION
-
-
-def may_log_in(rules: Rules, client: Client) -> bool:
-    """AUTH is offered to this client: never in clear unless the listener says so."""
-    return rules.auth != "off" and (client.tls is not None or rules.auth_without_tls)
-
-
-def may_require_tls(rules: Rules, client: Client) -> bool:
-    """REQUIRETLS is offered to this client: only under TLS (RFC 8689 §2)."""
-    return rules.requiretls and client.tls is not None
 
 
 def certified(rules: Rules, tls: TLS) -> str | None:
@@ -100,7 +89,7 @@ def auth(rules: Rules, client: Client, esmtp: bool, transaction: Transaction | N
     return replies.AUTH_SYNTAX if command.fault is not None or not command.argument else None
 
 
-def rcpt(transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
+def rcpt(rules: Rules, transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
     """Faults of the command; the merits of the recipient come after (``recipient``)."""
     if transaction is None:
         return replies.NO_SENDER
@@ -111,7 +100,7 @@ def rcpt(transaction: Transaction | None, chunks_begun: bool, command: Command) 
         return replies.RCPT_FAULTS[fault]
     params = command.params
     if params:
-        return rcpt_parameters(params, transaction.envelope.utf8)
+        return rcpt_parameters(params, rules, transaction.envelope.utf8)
     return None
 
 
@@ -121,9 +110,13 @@ def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route
     routes = transaction.routes
     if len(routes) >= rules.recipients:
         return replies.TOO_MANY_RECIPIENTS
+    if rules.null_sender_recipients is not None and not transaction.envelope.mail_from and len(routes) >= rules.null_sender_recipients:
+        return replies.TOO_MANY_FOR_A_BOUNCE
     route = rules.routes.find(command.local, command.domain, transaction.client)
     if isinstance(route, Route) and not route.requiretls and transaction.envelope.requiretls:
         return replies.NO_REQUIRETLS
+    if isinstance(route, Route) and route.acknowledge == "delivered" and transaction.envelope.held:
+        return replies.CANNOT_HOLD
     if isinstance(route, Reply) or not routes or route is routes[0] or _same_promise(route, routes[0]):
         return route
     return replies.OTHER_PROMISE
@@ -175,7 +168,7 @@ def content(rules: Rules, receiver: Receiver) -> Reply | None:
     """After the true end of the content. What smells of smuggling comes before what is merely too much."""
     fault = receiver.content_fault
     if fault is not None:
-        return replies.CONTENT_FAULTS[fault]
+        return content_fault(rules, fault)
     if receiver.size > rules.message_size:
         return replies.over_limit(rules.message_size)
     if receiver.hops > rules.hops:
@@ -183,3 +176,10 @@ def content(rules: Rules, receiver: Receiver) -> Reply | None:
     if rules.long_lines == "reject" and receiver.longest > TEXT_LINE:
         return replies.LONG_LINE
     return None
+
+
+def content_fault(rules: Rules, fault: str) -> Reply:
+    """For content, or a chunk of it, with a fault of the parser's (``Receiver.content_fault``)."""
+    if fault == "newline" and rules.bare_newlines == "disconnect":
+        return replies.BARE_NEWLINE_CLOSING
+    return replies.CONTENT_FAULTS[fault]

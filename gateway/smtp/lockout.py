@@ -6,7 +6,9 @@ counted like known ones, so that a lock tells nobody who exists.
 
 A user is not locked for an address from which that user logged in before: whoever fails on
 purpose under somebody's name locks out strangers only. An address is an IPv4 address or an IPv6
-/64; loopback and unix sockets have none, because everybody behind a web mailer would be one.
+/64; loopback and unix sockets have none, because everybody behind a web mailer would be one. An
+address that a proxy could not tell (``0.0.0.0``) is many clients: failures from there count by
+user alone, and a login from there says nothing for the next one.
 
 Bounded: the ``MOST`` names and addresses that failed last are kept.
 """
@@ -51,7 +53,7 @@ class Lockout:
         """Seconds for which no login of this user from this address is tried; 0.0 if it may be."""
         address = _key(ip)
         left = _left(self._addresses.get(address), now) if address else 0.0
-        if user and (address, user) not in self._known:
+        if user and not self._was_in(address, user):
             left = max(left, _left(self._users.get(user), now))
         return left
 
@@ -60,15 +62,21 @@ class Lockout:
         address = _key(ip)
         if address:
             self._count(self._addresses, address, FREE_BY_ADDRESS, now)
-        if user and (address, user) not in self._known:
+        if user and not self._was_in(address, user):
             self._count(self._users, user, FREE_BY_USER, now)
 
     def succeeded(self, ip: str | None, user: str) -> None:
         """The user is who it says, at this address. What the address did otherwise stands."""
-        self._known[(_key(ip), user)] = None
-        self._known.move_to_end((_key(ip), user))
+        address = _key(ip)
+        if address is None:
+            return
+        self._known[(address, user)] = None
+        self._known.move_to_end((address, user))
         if len(self._known) > self._most:
             self._known.popitem(last=False)
+
+    def _was_in(self, address: str | None, user: str) -> bool:
+        return address is not None and (address, user) in self._known
 
     def _count(self, table: OrderedDict[str, _Failures], key: str, free: int, now: float) -> None:
         entry = table.get(key)
@@ -87,11 +95,13 @@ def _left(entry: _Failures | None, now: float) -> float:
     return 0.0 if entry is None else max(entry.until - now, 0.0)
 
 
-def _key(ip: str | None) -> str:
-    """What counts as one address; ``""`` for none."""
+def _key(ip: str | None) -> str | None:
+    """What counts as one address; ``""`` for this machine, None for one that nobody knows."""
     if ip is None:
         return ""
     address = ip_address(ip)
+    if address.is_unspecified:
+        return None
     if address.is_loopback:
         return ""
     if isinstance(address, IPv6Address):

@@ -64,6 +64,14 @@ BAD_RET: Final = Reply(501, "5.5.4", "RET is FULL or HDRS")
 BAD_ENVID: Final = Reply(501, "5.5.4", "ENVID is xtext of at most 100 octets")
 BAD_NOTIFY: Final = Reply(501, "5.5.4", "NOTIFY is NEVER or a list of SUCCESS, FAILURE, DELAY")
 BAD_AUTH: Final = Reply(501, "5.5.4", "AUTH is a mailbox in xtext or <>")
+BAD_HOLDFOR: Final = Reply(501, "5.5.4", "HOLDFOR wants a number of seconds, at most nine digits")
+BAD_HOLDUNTIL: Final = Reply(501, "5.5.4", "HOLDUNTIL wants a time like 2030-01-31T08:00:00Z")
+HOLD_TWICE: Final = Reply(501, "5.5.4", "say HOLDFOR or HOLDUNTIL, not both")
+HOLD_PAST: Final = Reply(501, "5.5.4", "HOLDUNTIL is in the past")
+BAD_BY: Final = Reply(501, "5.5.4", "BY wants seconds and a mode, like 3600;R or 3600;NT")
+BY_OVER: Final = Reply(501, "5.5.4", "BY with mode R wants a time above 0")
+BY_BEFORE_RELEASE: Final = Reply(501, "5.5.4", "BY ends before the message would be released")
+BAD_PRIORITY: Final = Reply(501, "5.5.4", "MT-PRIORITY is a number from -9 to 9")
 BAD_ORCPT: Final = Reply(501, "5.5.4", "ORCPT is an address type, a semicolon and xtext, at most 500 octets")
 
 # ----------------------------------------------------------------------- order
@@ -99,6 +107,8 @@ TOO_MANY_LOGINS: Final = Reply(421, "4.7.0", "too many failed logins, closing")
 # --------------------------------------------------------------------- recipients
 
 TOO_MANY_RECIPIENTS: Final = Reply(452, "4.5.3", "too many recipients, send the rest in another transaction")
+CANNOT_HOLD: Final = Reply(550, "5.3.3", "mail to this recipient is delivered before it is acknowledged, it cannot be held")
+TOO_MANY_FOR_A_BOUNCE: Final = Reply(452, "4.5.3", "too many recipients for the null sender")
 OTHER_PROMISE: Final = Reply(452, "4.5.3", "recipient is acknowledged otherwise than the first, send it in another transaction")
 
 NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the way on from here cannot promise TLS")
@@ -106,6 +116,7 @@ NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: the wa
 # ------------------------------------------------------------------------ content
 
 BARE_NEWLINE: Final = Reply(550, "5.5.2", "bare CR or LF")
+BARE_NEWLINE_CLOSING: Final = Reply(521, "5.5.2", "bare CR or LF, closing")
 NUL: Final = Reply(550, "5.6.0", "NUL in content")
 LONG_LINE: Final = Reply(550, "5.6.0", "line too long, at most 998 octets")
 LOOP: Final = Reply(554, "5.4.6", "routing loop: too many Received fields")
@@ -144,15 +155,13 @@ def offer(
     hostname: str,
     message_size: int,
     recipients: int,
-    binarymime: bool,
-    starttls: bool = False,
+    keywords: tuple[str, ...],
     xclient: bool = False,
     mechanisms: tuple[str, ...] = (),
-    requiretls: bool = False,
 ) -> bytes:
-    """250 to EHLO and LHLO: our name, then what we offer, a line each. ``xclient``: this client
-    is trusted to speak for others. ``mechanisms``: those of AUTH that it may use now. ``requiretls``:
-    it speaks TLS, and there are ways on that keep it."""
+    """250 to EHLO and LHLO: our name, then what we offer, a line each. ``keywords``: see
+    ``esmtp.offered``. ``xclient``: this client is trusted to speak for others. ``mechanisms``: those
+    of AUTH that it may use now."""
     lines = [
         hostname,
         "PIPELINING",
@@ -161,10 +170,7 @@ def offer(
         "SMTPUTF8",
         "ENHANCEDSTATUSCODES",
         "CHUNKING",
-        *(["BINARYMIME"] if binarymime else []),
-        "DSN",
-        *(["REQUIRETLS"] if requiretls else []),
-        *(["STARTTLS"] if starttls else []),
+        *keywords,
         # No MAILMAX and no RCPTDOMAINMAX: neither is limited (RFC 9422 §4).
         f"LIMITS RCPTMAX={recipients}",
         *([f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"] if xclient else []),
@@ -181,6 +187,24 @@ def over_limit(limit: int) -> Reply:
 
 
 @lru_cache(maxsize=64)
+def hold_over_limit(seconds: int) -> Reply:
+    """501 for a release later than in ``seconds``."""
+    return Reply(501, "5.5.4", f"mail is held for at most {seconds} seconds")
+
+
+@lru_cache(maxsize=64)
+def by_under_minimum(seconds: int) -> Reply:
+    """555 for BY with mode R below the minimum (RFC 2852: 55z)."""
+    return Reply(555, "5.5.4", f"BY with mode R is for at least {seconds} seconds")
+
+
+@lru_cache(maxsize=64)
+def priority_changed(priority: int) -> Reply:
+    """250 for a mail that gets another priority than it asked for (RFC 6710: the new one comes first)."""
+    return Reply(250, "2.3.6", f"{priority} is the priority of this mail, log in to raise it")
+
+
+@lru_cache(maxsize=64)
 def chunk_over_limit(limit: int) -> Reply:
     """552 for one BDAT chunk so large that we do not even read over it."""
     return Reply(552, "5.3.4", f"chunk far over the limit of {limit} octets, closing")
@@ -190,7 +214,7 @@ def chunk_over_limit(limit: int) -> Reply:
 BAD_ATTRIBUTE: Final = {name: Reply(501, "5.5.4", f"bad value of {name}") for name in (*XCLIENT, *XFORWARD)}
 
 #: After one of these the connection ends.
-CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK})
+CLOSING: Final = frozenset({TOO_EARLY, NOT_SMTP, NOT_TLS, NO_PROXY, BAD_CHUNK, BARE_NEWLINE_CLOSING})
 
 #: Faults of a line whatever its verb (``Command.fault``).
 LINE_FAULTS: Final = {"newline": BARE_COMMAND, "long": LINE_TOO_LONG, "flood": FLOOD, "utf8": NOT_UTF8}

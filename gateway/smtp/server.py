@@ -12,7 +12,7 @@ for that answer first.
 
 RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZE),
 3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 2034 (ENHANCEDSTATUSCODES), 3461 (DSN), 9422 (LIMITS), 8689 (REQUIRETLS),
-4954 (AUTH; the mechanisms stand in ``auth.py``). XCLIENT and XFORWARD: Postfix.
+4954 (AUTH; the mechanisms stand in ``auth.py``), 4865, 2852 and 6710 (``extensions.py``). XCLIENT and XFORWARD: Postfix.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ..contracts import Judgement, Login, Question, Transaction, Verdict
 from ..message import TLS, Client, Envelope
 from ..reply import Reply
 from ..route import Route
-from . import auth, judge, replies, xclient
+from . import auth, extensions, judge, replies, xclient
 from .conversation import CHUNK, COMMAND, CONTENT, HANDSHAKE, RESPONSE, Conversation, Verbs
+from .esmtp import may_log_in, offered
 from .events import (
     Asked,
     AuthWanted,
@@ -154,7 +155,7 @@ class ServerSession(Conversation):
         if isinstance(verdict.facts, dict):
             transaction.facts.setdefault("checks", {}).update(verdict.facts)
         self._spurned = False
-        self._say(_SENDER_OK)
+        self._say(_sender_ok(transaction))
 
     def _settle_recipient(self, question: Question, verdict: Verdict) -> None:
         transaction, route, recipient = self._transaction, self._route, question.recipient
@@ -264,15 +265,10 @@ class ServerSession(Conversation):
         self.client = replace(self.client, helo=command.argument, protocol=self._protocol(utf8=False))
         rules = self.rules
         if esmtp:
-            clear = self.client.tls is None
-            starttls = clear and rules.tls in ("starttls", "required")
-            speaker = self._trusted and not (clear and rules.tls == "required")
-            mechanisms = self._mechanisms()
-            requiretls = judge.may_require_tls(rules, self.client)
-            offer = replies.offer(
-                rules.hostname, rules.message_size, rules.recipients, rules.binarymime, starttls, speaker, mechanisms, requiretls
-            )
-            self._say(offer)
+            client = self.client
+            speaker = self._trusted and (client.tls is not None or rules.tls != "required")
+            keywords = offered(rules, client)
+            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, keywords, speaker, self._mechanisms()))
         else:
             self._say(replies.greeted(rules.hostname).wire)
 
@@ -360,7 +356,7 @@ class ServerSession(Conversation):
 
     def _mechanisms(self) -> tuple[str, ...]:
         """Those that this client may use now."""
-        if not judge.may_log_in(self.rules, self.client):
+        if not may_log_in(self.rules, self.client):
             return ()
         return auth.offered(self.rules.mechanisms, self._end_point(), self._certified())
 
@@ -505,6 +501,8 @@ class ServerSession(Conversation):
         transaction = Transaction(number, self.session, self.listener, client, Envelope(address, params, []))
         transaction.lmtp = rules.protocol == "lmtp"
         transaction.submission = rules.protocol == "submission"
+        if "MT-PRIORITY" in params:
+            transaction.priority = rules.extensions.priority(params, client)
         if self._facts:
             transaction.facts["checks"] = dict(self._facts)
         if self._forwarded is not None:
@@ -515,11 +513,11 @@ class ServerSession(Conversation):
             self._ask(SenderAsked(Question("sender", client, self.listener, sender=address), rules.sender_checks))
         else:
             self._spurned = False
-            self._say(_SENDER_OK)
+            self._say(_sender_ok(transaction))
 
     def _rcpt(self, command: Command) -> None:
         transaction = self._transaction
-        refusal = judge.rcpt(transaction, self._chunk_total >= 0, command)
+        refusal = judge.rcpt(self.rules, transaction, self._chunk_total >= 0, command)
         if refusal is not None:
             if transaction is None and self._spurned:
                 self._refuse("recipient", refusal, command.address)
@@ -619,7 +617,8 @@ class ServerSession(Conversation):
         """The one reply to the whole content; in LMTP one per accepted recipient (RFC 2033 §4.2)."""
         self._abort()
         for _ in range(len(transaction.routes) - 1 if transaction.lmtp else 0):
-            self._refuse("data", reply)
+            # Only the last one may end the session.
+            self._tell(Refused("data", reply, None))
         self._fault("data", reply)
 
     # ------------------------------------------------------------------ BDAT
@@ -693,7 +692,7 @@ class ServerSession(Conversation):
         else:
             self._abort()
             self._spurned = True
-            self._fault("data", replies.CONTENT_FAULTS[receiver.content_fault])
+            self._fault("data", judge.content_fault(self.rules, receiver.content_fault))
         if self._lockstep and self._state == COMMAND:
             self._ends_group()
 
@@ -744,6 +743,12 @@ _LMTP: Verbs = {
 _WELCOME_IN_CLEAR = ("EHLO", "LHLO", "NOOP", "QUIT", "STARTTLS", "BDAT", "PROXY")
 _SMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _SMTP.items()}
 _LMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _LMTP.items()}
+
+
+def _sender_ok(transaction: Transaction) -> bytes:
+    if extensions.priority_changed(transaction.envelope.mail_params, transaction.priority):
+        return replies.priority_changed(transaction.priority).wire
+    return _SENDER_OK
 
 
 def _verbs(rules: Rules, client: Client) -> Verbs:

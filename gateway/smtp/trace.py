@@ -31,8 +31,8 @@ def mark(hostname: str) -> bytes:
     return f"by {hostname} (gateway-smtp)".encode()
 
 
-def received(client: Client, envelope: Envelope, hostname: str, id: str, now: float) -> bytes:
-    """One ``Received`` field, folded, CRLF included."""
+def received(client: Client, envelope: Envelope, hostname: str, id: str, now: float, priority: int | None = None) -> bytes:
+    """One ``Received`` field, folded, CRLF included. ``priority``: the clause of RFC 6710, None for none."""
     helo = _UNSAFE.sub("?", client.helo)[:255] or "unknown"
     if client.ip is None:
         origin = helo
@@ -46,6 +46,7 @@ def received(client: Client, envelope: Envelope, hostname: str, id: str, now: fl
         if len(address) <= 256 and (envelope.utf8 or address.isascii()):
             single = f"\r\n\tfor <{address}>"
     secured = f"\r\n\t({client.tls.version} {client.tls.cipher})" if client.tls else ""
+    urgency = "" if priority is None else f"\r\n\tPRIORITY {priority}"
     return (
-        f"Received: from {origin}{secured}\r\n\tby {hostname} (gateway-smtp) with {client.protocol}\r\n\tid {id}{single};\r\n\t{_date(int(now))}\r\n"
+        f"Received: from {origin}{secured}\r\n\tby {hostname} (gateway-smtp) with {client.protocol}\r\n\tid {id}{single}{urgency};\r\n\t{_date(int(now))}\r\n"
     ).encode()

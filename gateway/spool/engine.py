@@ -33,7 +33,7 @@ from typing import Any, Literal, cast
 import apsw
 import orjson
 
-from ..contracts import Pending, SpoolError
+from ..contracts import Pending, SpoolError, no_room
 from ..message import Message
 from .files import Files
 from .records import (
@@ -139,7 +139,8 @@ class Opened:
 
 @dataclass(slots=True)
 class Listed:
-    """One row for a person. ``id``: the delivery's, ``message_id``: the message's."""
+    """One row for a person. ``id``: the delivery's, ``message_id``: the message's. ``not_before``:
+    its sender wants it held until then, 0 for no such wish."""
 
     id: str
     message_id: str
@@ -153,6 +154,8 @@ class Listed:
     received_at: float
     expires_at: float
     note: str
+    priority: int = 0
+    not_before: float = 0.0
 
 
 @dataclass(slots=True)
@@ -186,7 +189,8 @@ FROM (VALUES {_rows(PENDING_WIDTH, size)}) AS v WHERE pendings.key = v.column1""
 
 _KEYS = "(SELECT value FROM json_each(?))"
 _TALLY = f"SELECT CAST(sink AS BLOB), CAST(state AS BLOB), count(*), min(key) FROM pendings WHERE key IN {_KEYS} GROUP BY sink, state"
-_SURVEY = "SELECT CAST(sink AS BLOB), CAST(state AS BLOB), count(*), min(key) FROM pendings GROUP BY sink, state"
+_SURVEY = f"""
+SELECT CAST(sink AS BLOB), CAST(state AS BLOB), count(*), min(key), sum(key & {NUMBERS} > 0) FROM pendings GROUP BY sink, state"""
 _DELETE_PENDINGS = f"DELETE FROM pendings WHERE key IN {_KEYS}"
 _WITHOUT_PENDINGS = f"""key IN {_KEYS}
   AND NOT EXISTS (SELECT 1 FROM pendings WHERE key BETWEEN messages.key << {SHIFT} AND (messages.key << {SHIFT}) | {NUMBERS})"""
@@ -196,6 +200,11 @@ _DELETE_SETTLED = f"DELETE FROM messages WHERE {_WITHOUT_PENDINGS}"
 _DUE = f"""
 SELECT {PENDING_READ}, (SELECT CAST(id AS BLOB) FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p
 WHERE sink = ? AND state = 'queued' AND priority = ? AND due <= ? ORDER BY due LIMIT ?"""
+_DOWN = f"""
+SELECT {PENDING_READ}, (SELECT CAST(id AS BLOB) FROM messages WHERE key = p.key >> {SHIFT}) FROM pendings AS p INDEXED BY pendings_down
+WHERE sink = ? AND state = 'queued' AND down = 1 AND due > ? LIMIT ?"""
+#: Of so many rows that are read at once one is sure for each priority that waits (there may be 19).
+SHARE = 32
 _NEXT_PRIORITY = "SELECT max(priority) FROM pendings WHERE sink = ? AND state = 'queued' AND priority < ?"
 _NEXT_DUE = "SELECT min(due) FROM pendings WHERE sink = ? AND state = 'queued' AND priority = ? AND due > ?"
 
@@ -503,7 +512,9 @@ class Engine:
 
     def _survey(self) -> Opened:
         self._tally.clear()
-        for sink, state, count, first in cast("list[tuple[bytes, bytes, int, int]]", self._at.execute(_SURVEY).fetchall()):
+        further = 0
+        for sink, state, count, first, more in cast("list[tuple[bytes, bytes, int, int, int]]", self._at.execute(_SURVEY).fetchall()):
+            further += more
             place = (text(sink), text(state))
             if self._settled and (state not in (b"queued", b"held", b"dead") or place[0].encode() != sink):
                 # Nobody would ever ask for these rows again.
@@ -529,7 +540,8 @@ class Engine:
                 self._number("SELECT coalesce(max(key), 0) FROM pendings") >> SHIFT,
             )
             + 1,
-            messages=self._number("SELECT count(*) FROM messages"),
+            # Where each message has the one row only, the rows are counted already: one walk less before new mail is taken.
+            messages=self._number("SELECT count(*) FROM messages") if further else sum(self._tally.values()),
             counts=dict(self._tally),
             orphans=orphans,
             damage=None,
@@ -700,19 +712,28 @@ class Engine:
             if self._excess > 0:
                 self._vacuum(VACUUM_STEP)
         except Exception as error:
+            full = self._is_full(error)
             self._file_count = files
             self._roll_back(error)
             if isinstance(error, _DAMAGE):
                 self.suspect(error)
             if isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
                 raise RefusedError(_words(error)) from error
-            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True, full=full) from error
         try:
             execute("COMMIT")
         except Exception as error:
+            full = self._is_full(error)
             self._file_count = files
             self._prove_gone(error)
-            raise SpoolError(f"nothing was stored: {_words(error)}", known=True) from error
+            raise SpoolError(f"nothing was stored: {_words(error)}", known=True, full=full) from error
+
+    def _is_full(self, error: Exception) -> bool:
+        """Asked right after the fault: SQLite calls ENOSPC of a write FULL, and all else (a quota, a
+        sync that finds no room) an I/O error whose reason only the connection knows."""
+        if isinstance(error, apsw.IOError) and self._db is not None:
+            return self._db.system_errno in (errno.ENOSPC, errno.EDQUOT)
+        return isinstance(error, apsw.FullError) or no_room(error)
 
     def _roll_back(self, cause: Exception) -> None:
         if self._db is None or not self._db.in_transaction:
@@ -817,28 +838,47 @@ class Engine:
 
     # ------------------------------------------------------------------------------- reading
 
-    def due(self, sink: str, before: float, limit: int) -> tuple[list[Pending], list[tuple[int, str]]]:
+    def due(self, sink: str, before: float, limit: int, down: bool = False) -> tuple[list[Pending], list[tuple[int, str]]]:
         """The rows, and those found damaged ``(key, why)`` (set aside already)."""
-        found: list[Pending] = []
+        by_priority: list[list[Pending]] = []
         damaged: list[tuple[int, str]] = []
+        share = limit // SHARE
+        room = limit
         priority: int | None = 1 << 31
-        while len(found) < limit:
+        while room > 0 or share:
             # One seek per priority that is in use; rows not yet due are never walked.
             ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
             if priority is None:
                 break
-            for *row, message_id in self._at.execute(_DUE, (sink, priority, before, limit - len(found))).fetchall():
-                key = cast(int, row[0])
-                if message_id is None:
-                    damaged.append((key, "its message is missing"))
-                    continue
-                try:
-                    found.append(unpack_pending(tuple(row), text(message_id)))
-                except DamagedError as error:
-                    damaged.append((key, str(error)))
+            read = self._at.execute(_DUE, (sink, priority, before, max(room, share))).fetchall()
+            by_priority.append(self._unpacked(read, damaged))
+            room -= len(by_priority[-1])
+        found: list[Pending] = []
+        spare = limit - sum(min(len(rows), share) for rows in by_priority)
+        for rows in by_priority:
+            sure = min(len(rows), share)
+            more = min(len(rows) - sure, spare)
+            found += rows[: sure + more]
+            spare -= more
+        if down and len(found) < limit:
+            found += self._unpacked(self._at.execute(_DOWN, (sink, before, limit - len(found))).fetchall(), damaged)
         for key, why in damaged:
             self.set_aside([key], why)
         return found, damaged
+
+    @staticmethod
+    def _unpacked(rows: Sequence[Sequence[Value]], damaged: list[tuple[int, str]]) -> list[Pending]:
+        found = []
+        for *row, message_id in rows:
+            key = cast(int, row[0])
+            if message_id is None:
+                damaged.append((key, "its message is missing"))
+                continue
+            try:
+                found.append(unpack_pending(tuple(row), text(message_id)))
+            except DamagedError as error:
+                damaged.append((key, str(error)))
+        return found
 
     def next_due(self, sink: str, after: float) -> float | None:
         earliest: float | None = None
@@ -978,9 +1018,9 @@ class Engine:
                 row = unpack_pending(pending, id)
                 told: dict[str, Any] = orjson.loads(meta)
                 addresses = [told["recipients"][number][0] for number in row.recipients]
-                mail_from, received_at = told["mail_from"], told["received_at"]
+                mail_from, received_at, not_before = told["mail_from"], told["received_at"], told["not_before"]
             except (DamagedError, ValueError, TypeError, KeyError, IndexError):
-                addresses, mail_from, received_at = [], "", 0.0
+                addresses, mail_from, received_at, not_before = [], "", 0.0, 0.0
                 row = Pending(id, text(pending[1]), (), cast(float, pending[4]), cast(float, pending[5]))
                 row.state, row.note = cast(Any, text(pending[2])), text(pending[11])
             result.append(
@@ -997,6 +1037,8 @@ class Engine:
                     received_at,
                     row.expires_at,
                     row.note,
+                    row.priority,
+                    not_before,
                 )
             )
         return result
@@ -1007,7 +1049,13 @@ class Engine:
         """One batch: ``(rows changed, key to go on after or 0, content files that are gone)``."""
         reach = {"retry": ("queued", "held", "dead"), "hold": ("queued",), "release": ("held",), "drop": ("queued", "held", "dead")}[action]
         rows = self.select(sink, state, ids, after, BATCH)
-        keys = [key for key, pending, *_ in rows if text(pending[2]) in reach]
+        # "All of this sink, now" is not meant for what its sender wants held until later: not tried, and not due.
+        parked = action == "retry" and ids is None
+        keys = [
+            key
+            for key, pending, *_ in rows
+            if text(pending[2]) in reach and not (parked and pending[2] == b"queued" and not pending[7] and cast(float, pending[4]) > now)
+        ]
         delta: list[tuple[str, str, int, int]] = []
         files: list[str] = []
 

@@ -25,7 +25,7 @@ from ..message import TLS, Client, Content, Envelope, Message, Recipient
 APPLICATION_ID = 0x534D5447
 
 #: The schema written here (SQLite's user_version).
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 CREATE TABLE messages (
@@ -40,6 +40,7 @@ CREATE TABLE messages (
   trace BLOB NOT NULL,
   content BLOB
 ) STRICT;
+CREATE INDEX messages_file ON messages (file) WHERE file IS NOT NULL;
 CREATE TABLE pendings (
   key INTEGER PRIMARY KEY,        -- messages.key << 20 | number
   sink TEXT NOT NULL,
@@ -62,7 +63,10 @@ INSERT INTO health VALUES (0);
 """
 
 #: From version n to n + 1, statements that run in one transaction with the new number.
-UPGRADES: dict[int, str] = {}
+UPGRADES: dict[int, str] = {
+    # So that a start need not walk through the contents of all messages to learn which lie in files.
+    1: "CREATE INDEX messages_file ON messages (file) WHERE file IS NOT NULL",
+}
 
 SHIFT = 20
 NUMBERS = (1 << SHIFT) - 1

@@ -25,9 +25,9 @@ from math import isfinite
 from .files import Files
 from .records import MESSAGE_WIDTH, PENDING_WIDTH, SHIFT, Columns, Value, message_sum, pending_sum
 
-#: Where the roots lie in every file of ours: in the order of the schema, behind the header and
-#: the first page map; with auto_vacuum they never move.
-MESSAGES_ROOT, PENDINGS_ROOT = 3, 5
+#: Where the roots of the tables may lie, if the schema cannot be read: the table of messages behind
+#: the header and the first page map, the other behind it and its indexes, of which schema 1 had one less.
+_GUESSED = (3, 5, 6)
 
 _INNER, _LEAF = 5, 13
 _FREE = 2
@@ -306,6 +306,25 @@ def _leaves(pages: Pages, root: int, bad: list[str]) -> Iterator[int]:
         todo.extend(struct.unpack_from(">I", page, at)[0] for at in cells if at + 4 <= len(page))
 
 
+def roots(pages: Pages) -> dict[str, int]:
+    """The roots of our two tables, by the schema; those that it does not name are missing."""
+    found: dict[str, int] = {}
+    for number in _leaves(pages, 1, []):
+        try:
+            page = pages.read(number)
+            cells = _cells(page, number)[1]
+        except _BadError:
+            continue
+        for at in cells:
+            try:
+                values = _record(_payload(pages, page, at)[1])
+            except _BadError:
+                continue
+            if len(values) == 5 and values[0] == "table" and values[1] in ("messages", "pendings") and isinstance(values[3], int):
+                found[str(values[1])] = values[3]
+    return found
+
+
 def salvage(path: str, files: Files, now: float) -> Salvaged:
     """All rows that can be told from the file at ``path``, which nobody writes to. Raises OSError."""
     found = Salvaged()
@@ -315,7 +334,10 @@ def salvage(path: str, files: Files, now: float) -> Salvaged:
         messages: dict[int, Columns] = {}
         pendings: dict[int, Columns] = {}
         reached: set[int] = set()
-        for root in (MESSAGES_ROOT, PENDINGS_ROOT):
+        named = roots(pages)
+        if len(named) < 2:
+            bad.append("the schema cannot be read")
+        for root in named.values() if len(named) == 2 else _GUESSED:
             for number in _leaves(pages, root, bad):
                 if number not in reached:
                     reached.add(number)

@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 
 import apsw
 
-from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store
+from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store, no_room
 from ..message import Message
 from .content import Contents, SpoolFile
 from .engine import Action, Engine, Entry, Listed, Loaded, RefusedError, Writer, Written
@@ -252,8 +252,8 @@ class SqliteSpool:
         self._loads.setdefault(pending.message_key, []).append(future)
         return await future
 
-    async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
-        found, damaged = await self._call(self._engine.due, sink, before, limit)
+    async def due(self, sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
+        found, damaged = await self._call(self._engine.due, sink, before, limit, down)
         for key, why in damaged:
             self._observer.event("damaged", row=key, sink=sink, reason=why)
         return found
@@ -432,7 +432,7 @@ class SqliteSpool:
 
     def _synced(self, part: _Part, _result: Any, error: Exception | None) -> None:
         if error is not None:
-            part.error = SpoolError(f"content file: {error}", known=True)
+            part.error = SpoolError(f"content file: {error}", known=True, full=no_room(error))
         part.unsynced -= 1
         if part.unsynced:
             return

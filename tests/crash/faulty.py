@@ -55,8 +55,9 @@ class Operation:
 
 @dataclass
 class Faults:
-    """A ``read`` is the opening of a file that is only read. ``first``: the number (from 1) of the operation that fails, 0 for none; ``count``: how many
-    fail from there on. ``kinds``: count only these; ``paths``: only where the path ends so."""
+    """``first``: the number (from 1) of the operation that fails, 0 for none; ``count``: how many
+    fail from there on. ``errno``: of the last one. ``kinds``: count only these (a ``read`` is the opening of a file
+    that is only read); ``paths``: only where the path ends so."""
 
     first: int = 0
     count: int = 1
@@ -66,6 +67,7 @@ class Faults:
     keep: bool = False
     seen: int = 0
     fired: int = 0
+    errno: int = 0
     log: list[Operation] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -96,9 +98,13 @@ class FaultyVFS(apsw.VFS):
     def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> FaultyFile:  # noqa: N802 - SQLite's name
         return FaultyFile(name, flags, self.faults)
 
+    def xGetLastError(self) -> tuple[int, str]:  # noqa: N802 - SQLite's name
+        """What SQLite asks for the reason of an I/O error: an errno, as its own view of the disk tells it."""
+        return self.faults.errno, ""
+
     def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802 - SQLite's name
         if how := self.faults.meet("delete", filename):
-            _raise("delete", how)
+            _raise(self.faults, "delete", how)
         super().xDelete(filename, syncdir)
         self.faults.note(Operation("delete", filename))
 
@@ -109,7 +115,7 @@ class FaultyFile(apsw.VFSFile):
         self.path = path
         self.faults = faults
         if how := faults.meet("open", path):
-            _raise("open", how)
+            _raise(faults, "open", how)
         new = bool(path) and not os.path.exists(path)
         super().__init__("", name, flags)
         if new:
@@ -122,8 +128,8 @@ class FaultyFile(apsw.VFSFile):
                 half = octets[: len(octets) // 2]
                 super().xWrite(half, offset)
                 self.faults.note(Operation("write", self.path, offset, half))
-                _raise("write", "ENOSPC")
-            _raise("write", how)
+                _raise(self.faults, "write", "short")
+            _raise(self.faults, "write", how)
         super().xWrite(octets, offset)
         self.faults.note(Operation("write", self.path, offset, octets))
 
@@ -132,20 +138,23 @@ class FaultyFile(apsw.VFSFile):
         if how := self.faults.meet("sync", self.path):
             # What was written stays in the cache and may reach the disk all the same.
             self.faults.note(Operation("unsynced", self.path, since=since))
-            _raise("sync", how)
+            _raise(self.faults, "sync", how)
         super().xSync(flags)
         self.faults.note(Operation("sync", self.path, named=True, since=since))
 
     def xTruncate(self, newsize: int) -> None:  # noqa: N802 - SQLite's name
         if how := self.faults.meet("truncate", self.path):
-            _raise("truncate", how)
+            _raise(self.faults, "truncate", how)
         super().xTruncate(newsize)
         self.faults.note(Operation("truncate", self.path, size=newsize))
 
 
-def _raise(kind: Kind, how: How) -> None:
+def _raise(faults: Faults, kind: Kind, how: How) -> None:
+    # A write is all that tells ENOSPC from the rest; of a quota SQLite knows nothing anywhere.
     codes = _CODES[kind]
-    raise apsw.exception_for(codes.get(how, codes[""]))
+    full = how in ("ENOSPC", "short")
+    faults.errno = errno.ENOSPC if how == "short" else getattr(errno, how)
+    raise apsw.exception_for(codes.get("ENOSPC", codes[""]) if full else codes[""])
 
 
 class FaultyFiles(Files):

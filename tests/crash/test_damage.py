@@ -16,7 +16,7 @@ import pytest
 
 from gateway.contracts import Row, SpoolError
 from gateway.message import Message
-from gateway.spool import engine, records, salvage
+from gateway.spool import engine, salvage
 from gateway.spool.files import Files
 from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS
 from tests.crash.mail import Events, keep, large, message, opened, pending, settle, store
@@ -234,7 +234,7 @@ async def test_what_is_damaged_while_it_works_ends_the_process_and_the_next_one_
     async with opened(tmp_path) as spool:
         ids = [(await keep(spool))[0].message_id for _ in range(300)]
     pages = salvage.Pages(str(tmp_path / "spool.db"), Files())
-    leaf = sorted(salvage._leaves(pages, salvage.PENDINGS_ROOT, []))[0]
+    leaf = sorted(salvage._leaves(pages, salvage.roots(pages)["pendings"], []))[0]
     pages.close()
     with (tmp_path / "spool.db").open("r+b") as file:
         # Opening reads no more than the indexes.
@@ -265,8 +265,11 @@ async def test_what_nobody_can_say_who_gets_it_is_held(tmp_path: Path) -> None:
     """The page that says what is owed is gone; the mail is not."""
     async with opened(tmp_path) as spool:
         rows = [await keep(spool) for _ in range(3)]
+    pages = salvage.Pages(str(tmp_path / "spool.db"), Files())
+    root = salvage.roots(pages)["pendings"]
+    pages.close()
     with (tmp_path / "spool.db").open("r+b") as file:
-        file.seek((salvage.PENDINGS_ROOT - 1) * 8192)
+        file.seek((root - 1) * 8192)
         file.write(bytes(8192))
     async with opened(tmp_path) as spool:
         listed = await spool.rows()
@@ -277,11 +280,13 @@ async def test_what_nobody_can_say_who_gets_it_is_held(tmp_path: Path) -> None:
         assert (await spool.counts())[salvage.LOST, "held"][0] == 3
 
 
-def test_the_roots_of_the_tables_lie_where_the_salvage_looks(tmp_path: Path) -> None:
-    db = apsw.Connection(str(tmp_path / "spool.db"))
-    db.execute(f"PRAGMA page_size = {engine.PAGE_SIZE}; PRAGMA auto_vacuum = INCREMENTAL; {records.SCHEMA}")
-    found = db.execute("SELECT name, rootpage FROM sqlite_schema WHERE name IN ('messages', 'pendings')").fetchall()
-    assert sorted(found) == [("messages", salvage.MESSAGES_ROOT), ("pendings", salvage.PENDINGS_ROOT)]
+async def test_a_schema_that_cannot_be_read_is_guessed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        ids = {(await keep(spool))[0].message_id for _ in range(200)}
+    with (tmp_path / "spool.db").open("r+b") as file:
+        file.write(bytes(8192))
+    async with opened(tmp_path) as spool:
+        assert {row.message_id for row in await spool.due("app", 1e12, 1000)} == ids
 
 
 @pytest.mark.parametrize(

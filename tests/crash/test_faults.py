@@ -146,6 +146,35 @@ async def test_an_error_before_the_commit_is_known(tmp_path: Path, disk: Disk, m
     await spool.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "how", "full"),
+    [
+        ("write", "-wal", "ENOSPC", True),
+        ("write", "-wal", "EDQUOT", True),
+        ("write", "-wal", "short", True),
+        ("write", "-wal", "EIO", False),
+        ("sync", "-wal", "ENOSPC", True),
+        ("sync", "-wal", "EDQUOT", True),
+        ("sync", "-wal", "EIO", False),
+        ("sync", "CONTENT", "ENOSPC", True),
+        ("sync", "CONTENT", "EDQUOT", True),
+        ("sync", "CONTENT", "EIO", False),
+    ],
+)
+async def test_no_room_is_told_from_every_other_fault(tmp_path: Path, disk: Disk, kind: str, path: str, how: How, full: bool) -> None:
+    """A1: 452 where the disk or a quota is full, 451 for the rest; no word of an error's text decides."""
+    spool = disk.spool(tmp_path / "spool")
+    await spool.open()
+    mail = await large(spool, b"x" * 300_000)
+    fail(disk, kind, how=how, paths=(mail.id if path == "CONTENT" else path,))
+    error = await store(spool, Row(mail, [pending(mail)]))
+    assert disk.faults.fired == 1
+    assert error is not None
+    assert (error.known, error.full) == (True, full)
+    await until(lambda: spool.unhealthy is None)
+    await spool.close()
+
+
 async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path: Path, disk: Disk) -> None:
     folder = tmp_path / "spool"
     spool = disk.spool(folder)

@@ -51,6 +51,10 @@ sink = "hook"
 [[routes]]
 recipients = ["*@box.example"]
 sink = "box"
+
+# With somebody who carries reports DSN is offered.
+[bounces]
+sink = "box"
 """
 
 

@@ -25,7 +25,10 @@ import uvloop
 from gateway import Gateway, Message, Reply
 from gateway.config import (
     Authentication,
+    Bounces,
     Config,
+    DiscardConfig,
+    ExtensionsConfig,
     Limits,
     ListenerConfig,
     PythonConfig,
@@ -38,6 +41,7 @@ from gateway.smtp.lockout import Lockout
 
 from ..dialogue import (
     CERTIFICATES,
+    EXTENSIONS,
     HOSTNAME,
     MECHANISMS,
     SENDERS,
@@ -106,6 +110,8 @@ class House:
             for route in settings.routes
         ]
         sinks: dict[str, Any] = {"app": PythonConfig(function=self._take, concurrency=1)}
+        if settings.dsn:
+            sinks["nowhere"] = DiscardConfig()
         if not settings.binarymime or any(route.relays for route in settings.routes):
             sinks["out"] = RelayConfig(hosts=[self._upstream.address], tls="off", binarymime=settings.binarymime, on_failure="dead_letter")
             routes.append(RouteConfig(recipients=["nobody@relay.invalid"], sink="out"))
@@ -142,11 +148,14 @@ class House:
             senders=SENDERS if settings.senders else {},
             client_certificates=CERTIFICATES,
             authentication=Authentication(mechanisms=MECHANISMS),
+            # Dialogues that want these have a clock of their own (see _live).
+            extensions=ExtensionsConfig(hold_limit=0.0, deliver_by=None, priorities="off"),
             # Some dialogues want smaller limits than an operator may set.
             limits=Limits.model_construct(**limits),
             spool=SpoolConfig(path=self._folder),
             sinks=sinks,
             routes=routes,
+            bounces=Bounces(sink="nowhere") if settings.dsn else None,
         )
 
     async def _take(self, message: Message) -> Reply | None:
@@ -160,6 +169,8 @@ class House:
         async def live() -> None:
             try:
                 async with Gateway(self.config(), telemetry=self.telemetry) as gateway:
+                    if self._settings.extensions:
+                        gateway._listeners[0].rules.extensions = EXTENSIONS
                     self._gateway = gateway
                     self._loop = asyncio.get_running_loop()
                     self._port.set_result(gateway.port)

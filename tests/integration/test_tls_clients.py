@@ -1,9 +1,8 @@
 """TLS as others speak it: swaks, Python's smtplib, openssl s_client, our own ``gateway send``,
-against a gateway that runs; certificates replaced under load by SIGHUP; testssl.sh."""
+against a gateway that runs; certificates replaced under load by SIGHUP."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import smtplib
@@ -277,46 +276,3 @@ def test_hangup_under_load(gateway: Start, webhook: HttpReceiver, pair: Certifie
     assert inside.noop()[0] == 250
     inside.quit()
     assert not house.found("tls_failed")
-
-
-# ----------------------------------------------------------------------- testssl
-
-
-#: What testssl.sh says of a certificate that no public authority signed, and of a name nobody published.
-ABOUT_CERTIFICATES = re.compile(r"cert_|DNS_")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("which", [STARTTLS, IMPLICIT])
-def test_testssl(house: GatewayProcess, tmp_path: Path, which: int) -> None:
-    """Nothing of MEDIUM or above, beyond certificate and DNS findings."""
-    testssl = program("testssl")
-    if testssl is None:
-        pytest.skip("testssl.sh is not installed")
-    found = tmp_path / "testssl.json"
-    started = ["-t", "smtp"] if which == STARTTLS else []
-    subprocess.run(
-        [
-            testssl,
-            "--quiet",
-            "--color",
-            "0",
-            "--warnings",
-            "off",
-            "--jsonfile",
-            str(found),
-            *started,
-            house.addresses[which],
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=900,
-        check=False,
-    )
-    findings = json.loads(found.read_text())
-    told = {one["id"]: one["finding"] for one in findings}
-    assert told["TLS1_3"].startswith("offered"), told
-    assert told["secure_client_renego"].startswith("not vulnerable"), told
-    serious = [one for one in findings if one["severity"] in ("MEDIUM", "HIGH", "CRITICAL") and not ABOUT_CERTIFICATES.search(one["id"])]
-    assert not serious, serious
-    assert not house.found("bug")

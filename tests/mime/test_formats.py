@@ -52,6 +52,7 @@ BODY: dict[str, Any] = {
         "id": ID,
         "received_at": "2026-11-22T19:08:00.120000Z",
         "size": len(CONTENT),
+        "priority": 0,
         "listener": "127.0.0.1:2525",
         "envelope": {
             "mail_from": "a@client.example",

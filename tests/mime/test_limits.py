@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import pytest
 
-from gateway.mime import parse
+from gateway.mime import fields, parse
 from gateway.mime.fields import FIELD_LIMIT, HEADER_LIMIT, NESTING_LIMIT, SEGMENT_LIMIT, TOKEN_LIMIT
 from gateway.mime.formats.standard import body
-from gateway.mime.parts import BOUNDARY_LIMIT, DEPTH_LIMIT, PART_FIELDS, PART_LIMIT, Parsed, take_apart
-from gateway.mime.words import PROBLEM_LENGTH, PROBLEMS, WORD_LIMIT
+from gateway.mime.parts import BOUNDARY_LIMIT, DEPTH_LIMIT, PARAMETERS, PART_FIELDS, PART_LIMIT, Parsed, take_apart
+from gateway.mime.words import PROBLEM_LENGTH, PROBLEMS, WORD_LIMIT, Problems
 
 from ..deliveries import mail, untried
+
+PARAMETER = fields._PARAMETER
 
 
 def told(parsed: Parsed, octets: bytes) -> dict[str, object]:
@@ -142,6 +145,33 @@ def test_header_fields_of_all_parts_have_a_limit_together() -> None:
     assert [attachment.content_type for attachment in parsed.attachments] == ["application/x"] * 5 + ["application/octet-stream"] * 5
     # What is not taken apart is there with its header.
     assert parsed.attachments[-1].content == part[5:-2]
+
+
+def test_parameters_of_all_parts_have_a_limit_together() -> None:
+    part = b"--b\r\nContent-Type: application/x; name=x" + b";a=b" * 898 + b"\r\n\r\nz\r\n"
+    parsed = take_apart(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 20 + b"--b--\r\n")
+    assert [attachment.content_type for attachment in parsed.attachments] == ["application/x"] * 20
+    assert [attachment.filename for attachment in parsed.attachments] == ["x"] * 11 + [None] * 9
+    assert PARAMETERS == 10_000
+    assert parsed.problems == ["Content-Type: over 10000 parameters in all parts, the rest is left out"]
+
+
+def test_a_row_of_semicolons_is_gone_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands between, each octet of a value is looked at once: the matches lie end to end."""
+    matches: list[re.Match[str]] = []
+
+    class Watched:
+        def match(self, text: str, at: int) -> re.Match[str] | None:
+            found = PARAMETER.match(text, at)
+            assert found is not None
+            matches.append(found)
+            return found
+
+    monkeypatch.setattr(fields, "_PARAMETER", Watched())
+    value = "text/plain" + ";" * 9_000 + '"";= ; ;;a' + " ;" * 500 + "b=c;;"
+    assert fields.parameters(value, Problems(), "x") == ("text/plain", {"b": "c"})
+    assert len(matches) < 10
+    assert [one.start() for one in matches[1:]] == [one.end() for one in matches[:-1]]
 
 
 def test_lines_that_look_like_delimiters_have_a_limit() -> None:

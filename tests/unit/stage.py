@@ -164,8 +164,12 @@ class StagedSpool:
         rows = [pending for _message, pending in self.rows.values() if pending.sink == sink and pending.state == "queued"]
         return sorted(rows, key=lambda pending: (-pending.priority, pending.due))
 
-    async def due(self, sink: str, before: float, limit: int) -> list[Pending]:
-        return [replace(pending) for pending in self.queued(sink) if pending.due <= before][:limit]
+    async def due(self, sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
+        rows = self.queued(sink)
+        found = [pending for pending in rows if pending.due <= before]
+        if down:
+            found += [pending for pending in rows if pending.due > before and pending.down]
+        return [replace(pending) for pending in found[:limit]]
 
     async def next_due(self, sink: str, after: float) -> float | None:
         return min((pending.due for pending in self.queued(sink) if pending.due > after), default=None)

@@ -285,6 +285,7 @@ def test_explain_what_is_taken(file: Path) -> None:
         "auth      off\n"
         "limits    10000 connections, 100 of one client; 26214400 octets, 1000 recipients; 300 s between commands, 300 s for one, "
         "180 s of silence and 500 octets a second in content\n"
+        "may ask   DELIVERBY; MT-PRIORITY\n"
         "checks    doorman (client), doorman (sender), policy (recipient), policy (content)\n"
         "route     routes[0]: '*@app.example', 'postmaster@mx.example.net', acknowledge durable\n"
         "sinks     app (discard)\n"
@@ -444,6 +445,16 @@ def test_queue_list(spool: Path, file: Path) -> None:
     assert run("queue", "list", "-c", file, "--state", "dead", "--sink", "app").stdout == ""
 
 
+def test_queue_list_tells_what_its_sender_wants_held(tmp_path: Path) -> None:
+    row = mail("m1", "app")
+    row.message.not_before = row.pendings[0].due = NOW + 3 * 3600 + 60
+    row.pendings[0].attempts = 0
+    asyncio.run(fill(tmp_path / "spool" / "0", [row]))
+    [_, line] = run("queue", "list", "--spool", tmp_path / "spool").stdout.splitlines()
+    assert re.search(r" 3h .* held by its sender until 2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", line), line
+    assert re.search(r"^not_before +2\d{3}-", run("queue", "show", "--spool", tmp_path / "spool", "m1").stdout, re.MULTILINE)
+
+
 def test_queue_list_says_when_there_is_more(spool: Path) -> None:
     result = run("queue", "list", "--spool", spool, "--limit", "3")
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["ID", "m1", "m2", "m3"]
@@ -466,6 +477,8 @@ def test_queue_rows_as_json(spool: Path) -> None:
         "received_at": NOW - 3600,
         "expires_at": NOW + 86400,
         "note": "",
+        "priority": 0,
+        "not_before": 0.0,
     }
 
 

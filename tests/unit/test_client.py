@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gateway.contracts import Outcome
 from gateway.message import INLINE_LIMIT, Params, Recipient
 from gateway.smtp.client import ClientSession, Event, Mail, Settled, Terms, TLSWanted, Unusable
+from gateway.smtp.extensions import DeliverBy
 
 TERMS = Terms("gw.example")
 CONTENT = b"Subject: x\r\n\r\n.dot\r\n"
@@ -34,6 +35,10 @@ def mail(
 ) -> Mail:
     recipients = [address if isinstance(address, Recipient) else recipient(address) for address in addresses or ("b@y.example",)]
     return Mail(sender, params or {}, recipients, len(content or b"") if size is None else size, eight_bit, content)
+
+
+def timed(seconds: int, mode: str, elapsed: float) -> Mail:
+    return replace(mail(), by=DeliverBy(seconds, mode[0] == "R", mode[1:] == "T"), elapsed=lambda: elapsed)
 
 
 def octets(lines: Sequence[str]) -> bytes:
@@ -620,6 +625,23 @@ def test_limits_are_kept() -> None:
         (["DSN"], mail(params={"RET": "HDRS", "ENVID": "q+2B1"}), "MAIL FROM:<a@x.example> RET=HDRS ENVID=q+2B1"),
         ([], mail(params={"RET": "HDRS", "ENVID": "q"}), "MAIL FROM:<a@x.example>"),
         (["DSN", "AUTH PLAIN"], mail(params={"AUTH": "<>", "MT-PRIORITY": "3"}), "MAIL FROM:<a@x.example>"),
+        # What it asked of our queue is said as it stands now, and a hold that is over to nobody.
+        (["MT-PRIORITY"], replace(mail(params={"MT-PRIORITY": "9"}), priority=0), "MAIL FROM:<a@x.example> MT-PRIORITY=0"),
+        (["MT-PRIORITY MIXER"], replace(mail(), priority=-4), "MAIL FROM:<a@x.example> MT-PRIORITY=-4"),
+        (["MT-PRIORITY"], mail(), "MAIL FROM:<a@x.example>"),
+        ([], replace(mail(), priority=4), "MAIL FROM:<a@x.example>"),
+        (["FUTURERELEASE 9 2030-01-01T00:00:00Z"], mail(params={"HOLDFOR": "5"}), "MAIL FROM:<a@x.example>"),
+        (["DELIVERBY"], timed(60, "R", 12.5), "MAIL FROM:<a@x.example> BY=48;R"),
+        (["DELIVERBY 48"], timed(60, "RT", 12.0), "MAIL FROM:<a@x.example> BY=48;RT"),
+        (["DELIVERBY"], timed(60, "R", 59.9), "MAIL FROM:<a@x.example> BY=1;R"),
+        (["DELIVERBY"], timed(60, "R", 60.0), "554 5.4.7 the time left"),
+        (["DELIVERBY 48"], timed(60, "R", 12.1), "554 5.4.7 the time left"),
+        (["DELIVERBY 99,x"], timed(60, "R", 0.0), "554 5.4.7 the time left"),
+        ([], timed(60, "R", 0.0), "554 5.4.7 the next hop does not offer DELIVERBY,"),
+        (["DELIVERBY 99"], timed(60, "N", 12.0), "MAIL FROM:<a@x.example> BY=48;N"),
+        (["DELIVERBY"], timed(60, "NT", 100.0), "MAIL FROM:<a@x.example> BY=-40;NT"),
+        (["DELIVERBY"], timed(-999_999_999, "N", 100.0), "MAIL FROM:<a@x.example> BY=-999999999;N"),
+        ([], timed(60, "N", 100.0), "MAIL FROM:<a@x.example>"),
     ],
 )
 def test_what_mail_says(offers: list[str], given: Mail, line: str) -> None:
@@ -633,6 +655,26 @@ def test_what_mail_says(offers: list[str], given: Mail, line: str) -> None:
     else:
         assert event is None
         assert session.outgoing() == f"{line}\r\n".encode()
+
+
+@pytest.mark.parametrize(("offers", "lmtp", "onward"), [("DELIVERBY", False, "timed"), ("SIZE", False, "untimed"), ("SIZE", True, "")])
+@pytest.mark.parametrize("given", ["DSN", "X"])
+def test_an_outcome_says_whether_the_next_hop_was_told_the_time(offers: str, given: str, lmtp: bool, onward: str) -> None:
+    session = ready(ClientSession(replace(TERMS, lmtp=lmtp), ""), [offers, given])
+    assert session.begin(timed(60, "N", 0.0)) is None
+    event = None
+    for reply in (b"250 2.1.0 ok\r\n", b"250 2.1.5 ok\r\n", b"354 go on\r\n", b"250 2.0.0 taken\r\n"):
+        assert event is None
+        event = session.receive(reply)
+    assert event is not None
+    assert [outcome.onward for outcome in settled(event)] == [onward]
+
+
+@pytest.mark.parametrize(("elapsed", "state"), [(59.0, None), (60.0, "failed 554 5.4.7 the time left is less than the next hop wants")])
+def test_a_mail_store_delivers_on_the_spot_and_need_not_know_the_time(elapsed: float, state: str | None) -> None:
+    session = ready(ClientSession(replace(TERMS, lmtp=True), ""), [])
+    event = session.begin(timed(60, "R", elapsed))
+    assert (None if event is None else states(event)[0]) == state
 
 
 def test_binary_content_leaves_only_where_the_operator_allows_it() -> None:

@@ -560,7 +560,7 @@ def not_yet(way: str) -> str:
                 'listeners[0].xclient_from[0]: must be a network or an address like "10.0.0.0/8", "192.0.2.7" or "2001:db8::/32"',
             ],
         ),
-        ({"listeners": LISTENER + "bare_newlines = 'accept'"}, ["listeners[0].bare_newlines: must be one of reject, normalize"]),
+        ({"listeners": LISTENER + "bare_newlines = 'accept'"}, ["listeners[0].bare_newlines: must be one of reject, disconnect, normalize"]),
         ({"listeners": LISTENER + "long_lines = 'split'"}, ["listeners[0].long_lines: must be one of accept, reject"]),
         ({"listeners": LISTENER * 2}, ["listeners[1].address: 127.0.0.1:2525 is taken by listeners[0]"]),
         # limits and the like
@@ -630,6 +630,18 @@ def not_yet(way: str) -> str:
         ]),
         ({"sinks": WEBHOOK + "format = 'cloudevents'"}, ['sinks.app.format: ' + not_yet('write "standard" or "raw"')]),
         ({"sinks": WEBHOOK + "format = 'rawr'"}, ["sinks.app.format: must be one of standard, raw; did you mean 'raw'?"]),
+        *(
+            (
+                {"sinks": f"[sinks.app]\ntype = 'webhook'\nurl = 'http://{host}/'"},
+                [f"sinks.app.url: '{host}' is no IPv4 address; write four numbers from 0 to 255"],
+            )
+            for host in ("2130706433", "0x7f.1", "127.1", "10.0.0.256", "0177.0.0.1")
+        ),
+        (
+            {"sinks": WEBHOOK + "addresses = 'public'\nclient = 'pyreqwest'"},
+            ['sinks.app.client: cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'],
+        ),
+        ({"sinks": WEBHOOK + "addresses = 'private'"}, ["sinks.app.addresses: must be one of any, public"]),
         ({"sinks": WEBHOOK + "client = 'x'"}, ["sinks.app.client: must be one of pyreqwest, aiohttp"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_not base64'"}, [f"sinks.app.secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_'\nprevious_secret = '%'"}, [f"sinks.app.secret: {SIGNING}", f"sinks.app.previous_secret: {SIGNING}"]),
@@ -697,6 +709,27 @@ def not_yet(way: str) -> str:
             [
                 "routes[0].recipients[1]: '@app.example' is no pattern; write \"name@domain\", \"*@domain\" or \"*\"",
                 "routes[0].recipients[2]: 'x@' is no pattern; write \"name@domain\", \"*@domain\" or \"*\"",
+            ],
+        ),
+        *(
+            (
+                {"routes": f"[[routes]]\nrecipients = ['\"a@b\"@app.example', '{pattern}']\nsink = 'app'"},
+                [
+                    f"routes[0].recipients[1]: '{pattern}' has more than one @ and fits no address; "
+                    'only in a quoted local part ("a@b"@domain) may one stand'
+                ],
+            )
+            for pattern in ("a@b@app.example", "*@b@app.example", '"a@b@app.example', '"@app.example@x')
+        ),
+        (
+            {"routes": "[[routes]]\nrecipients = ['x@']\nsink = 'apps'\nchecks = ['spf', 7]\n[[routes]]\nsinks = ['app', 'none']"},
+            [
+                "routes[0].recipients[0]: 'x@' is no pattern; write \"name@domain\", \"*@domain\" or \"*\"",
+                "routes[0].checks[1]: must be text in quotes",
+                "routes[0].sink: there is no table [sinks.apps]; did you mean 'app'?",
+                "routes[0].checks[0]: there is no table [checks.spf]",
+                "routes[1].recipients: is missing; this key is needed",
+                "routes[1].sinks[1]: there is no table [sinks.none]",
             ],
         ),
         ({"routes": "[[routes]]\nrecipients = ['*']"}, ['routes[0].sink: names no sink; write sink = "NAME" for a table [sinks.NAME]']),

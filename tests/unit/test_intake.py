@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Sequence
 
@@ -209,8 +210,16 @@ async def test_no_space_is_452() -> None:
     async with Stage(StagedSink("app", LATER)) as stage:
         stage.send()
         stage.spool.close_group()
-        stage.spool.sync(SpoolError("database or disk is full", known=True))
+        stage.spool.sync(SpoolError("nothing was stored", known=True, full=True))
         assert stage.codes == [452]
+
+
+async def test_the_words_of_a_fault_decide_nothing() -> None:
+    async with Stage(StagedSink("app", LATER)) as stage:
+        stage.send()
+        stage.spool.close_group()
+        stage.spool.sync(SpoolError("the spool /var/spool/full-space: disk I/O error", known=True))
+        assert stage.codes == [451]
 
 
 async def test_an_unknown_commit_is_a_close_without_a_word() -> None:
@@ -475,15 +484,16 @@ async def test_the_file_of_a_stored_message_stays() -> None:
         assert not file.gone
 
 
-async def test_a_disk_that_takes_no_content_is_452() -> None:
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 452), (errno.EDQUOT, 452), (errno.EIO, 451)])
+async def test_a_disk_that_takes_no_content(number: int, code: int) -> None:
     async with Stage(StagedSink("app", OK)) as stage:
         draft = stage.draft(stage.transaction())
         draft.write(b"x" * (INLINE_LIMIT + 1))
         [file] = stage.spool.files.values()
-        file.fail = OSError(28, "No space left on device")
+        file.fail = OSError(number, "the disk's own words")
         draft.finish(stage.answers.append)
         await breathe()
-        assert stage.codes == [452]
+        assert stage.codes == [code]
         assert file.gone
         assert stage.intake.held == 0
 

@@ -4,10 +4,11 @@ reference where octets and moments decide; what is said about commands is told b
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from gateway import listener as module
 from gateway.message import TLS
@@ -279,6 +283,29 @@ async def test_old_versions_get_an_alert(mine: Certified, version: ssl.TLSVersio
         assert failed["reason"] == "unsupported protocol"
 
 
+@pytest.mark.parametrize(
+    "hello",
+    [
+        # SSL 3.0: no library at hand says it any more.
+        b"\x16\x03\x00\x00\x2d\x01\x00\x00\x29\x03\x00" + b"r" * 32 + b"\x00\x00\x02\x00\x2f\x01\x00",
+        # The same in SSL 2.0's clothes.
+        b"\x80\x1c\x01\x03\x00\x00\x03\x00\x00\x00\x10\x00\x00\x2f" + b"r" * 16,
+    ],
+    ids=["ssl3", "ssl2"],
+)
+@on_both_loops
+async def test_ssl_is_none_any_more(mine: Certified, hello: bytes) -> None:
+    """T4: an alert where there is a version to say it in, and the end."""
+    async with tls_house(mine, "implicit") as here:
+        client = await here.dial()
+        client.writer.write(hello)
+        told = await client.rest()
+        assert told[:1] == b"\x15", told
+        assert len(told) == 7, told
+        await here.empty()
+        assert len(here.told.named("tls_failed")) == 1
+
+
 @on_both_loops
 async def test_weak_ciphers_are_refused(mine: Certified) -> None:
     context = trusting(maximum_version=ssl.TLSVersion.TLSv1_2)
@@ -336,7 +363,7 @@ async def test_under_stress_a_handshake_has_less_time(fast: None, mine: Certifie
 
 @on_both_loops
 async def test_no_renegotiation(mine: Certified) -> None:
-    """T4: the client that asks is told no, and gives up."""
+    """T4: the client that asks is told no by an alert, and the connection ends."""
     async with tls_house(mine, "implicit") as here:
         process = await asyncio.create_subprocess_exec(
             "openssl", "s_client", "-connect", f"127.0.0.1:{here.port}", "-tls1_2", "-quiet", "-no_ign_eof", "-verify_quiet",
@@ -350,6 +377,87 @@ async def test_no_renegotiation(mine: Certified) -> None:
         out, told = await asyncio.wait_for(process.communicate(), 10)
         assert b"no renegotiation" in told.lower() or b"no_renegotiation" in told.lower(), (out, told)
         await here.empty()
+        assert [failed["reason"] for failed in here.told.named("tls_failed")] == ["renegotiation"]
+
+
+@on_both_loops
+async def test_keys_may_be_changed(mine: Certified) -> None:
+    """RFC 8446 §4.6.3: a client may do so, and ask us to; the conversation goes on."""
+    async with tls_house(mine, "implicit") as here:
+        process = await asyncio.create_subprocess_exec(
+            "openssl", "s_client", "-connect", f"127.0.0.1:{here.port}", "-tls1_3", "-quiet", "-no_ign_eof", "-verify_quiet", "-crlf",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert (await process.stdout.readline()).startswith(b"220 ")
+        for order in (b"K\n", b"k\n"):
+            process.stdin.write(order)
+            while b"KEYUPDATE" not in await asyncio.wait_for(process.stderr.readline(), 10):
+                pass
+            process.stdin.write(b"NOOP\n")
+            assert (await asyncio.wait_for(process.stdout.readline(), 10)).startswith(b"250 ")
+        process.stdin.close()
+        await process.wait()
+        assert not here.told.named("tls_failed")
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["its-own", "ours-too"])
+@on_both_loops
+async def test_changes_of_keys_without_end(mine: Certified, tmp_path: Path, asked: bool) -> None:
+    """Records cost us more than the client: who sends nothing but those is let go, however it reads."""
+    keys = tmp_path / "keys"
+    async with tls_house(mine, "implicit") as here:
+        with closing(socket.create_connection(("127.0.0.1", here.port))) as wire:
+            wire.settimeout(10)
+            await asyncio.to_thread(_shaken_in_full, wire, trusting(keylog_filename=str(keys)))
+            (secret,) = re.findall(r"CLIENT_TRAFFIC_SECRET_0 \S+ (\S+)", keys.read_text())
+            sent = await asyncio.to_thread(_change_keys, wire, bytes.fromhex(secret), asked)
+        await here.empty()
+        assert [failed["reason"] for failed in here.told.named("tls_failed")] == ["records without content"]
+        # What it wrote beyond that stood in the buffers of the kernel.
+        assert sent < ENOUGH
+
+
+#: Far more octets of changed keys than are borne.
+ENOUGH = 32 * 2**20
+
+
+def _shaken_in_full(wire: socket.socket, context: ssl.SSLContext) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="mx.example")
+    while True:
+        try:
+            tls.do_handshake()
+        except ssl.SSLWantReadError:
+            wire.sendall(outgoing.read())
+            incoming.write(wire.recv(65536))
+        else:
+            wire.sendall(outgoing.read())
+            return
+
+
+def _change_keys(wire: socket.socket, secret: bytes, asked: bool) -> int:
+    """KeyUpdate after KeyUpdate (RFC 8446 §4.6.3, §5.2, §7.1, §7.2) until the server has gone; octets."""
+
+    def expanded(label: bytes, size: int) -> bytes:
+        info = size.to_bytes(2, "big") + bytes([6 + len(label)]) + b"tls13 " + label + b"\0"
+        return HKDFExpand(hashes.SHA384(), size, info).derive(secret)
+
+    sent = 0
+    with suppress(ConnectionError):
+        while sent < ENOUGH:
+            batch = b""
+            for _ in range(100):
+                head = b"\x17\x03\x03" + (6 + 16).to_bytes(2, "big")
+                message = b"\x18\0\0\x01" + bytes([asked]) + b"\x16"
+                # The first record under each key: the nonce is the IV.
+                batch += head + AESGCM(expanded(b"key", 32)).encrypt(expanded(b"iv", 12), message, head)
+                secret = expanded(b"traffic upd", 48)
+            wire.sendall(batch)
+            sent += len(batch)
+    return sent
 
 
 @on_both_loops

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gateway.smtp.lockout import FIRST, FORGET, FREE_BY_ADDRESS, FREE_BY_USER, LONGEST, Lockout
 
 HERE, THERE = "192.0.2.1", "198.51.100.7"
@@ -65,6 +67,29 @@ def test_one_ipv6_network_is_one_address_and_loopback_is_none() -> None:
     assert table.locked("2001:db8:0:1::1", "x", 0.0) == 0.0
     for near in ("127.0.0.1", "::1", None):
         assert table.locked(near, "x", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("unknown", ["0.0.0.0", "::"])
+def test_an_address_that_nobody_knows_is_counted_by_user_alone(unknown: str) -> None:
+    """PROXY and XCLIENT may leave it open: many clients, who must not lock each other out."""
+    table = Lockout()
+    for number in range(100):
+        table.failed(unknown, f"user{number}", 0.0)
+        table.failed(unknown, "", 0.0)
+    assert table.locked(unknown, "alice", 0.0) == 0.0
+    for _ in range(FREE_BY_USER + 1):
+        table.failed(unknown, "alice", 0.0)
+    assert table.locked(unknown, "alice", 0.0) == FIRST
+    assert table.locked(unknown, "bob", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("before", ["0.0.0.0", "::", "127.0.0.1", None])
+def test_who_was_in_from_nowhere_proves_nothing_for_others_from_nowhere(before: str | None) -> None:
+    table = Lockout()
+    table.succeeded(before, "alice")
+    for _ in range(FREE_BY_USER + 1):
+        table.failed("0.0.0.0", "alice", 0.0)
+    assert table.locked("0.0.0.0", "alice", 0.0) == FIRST
 
 
 def test_it_is_bounded() -> None:

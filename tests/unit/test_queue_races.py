@@ -24,7 +24,7 @@ async def test_a_row_that_was_marked_while_the_spool_looked_is_not_tried_as_it_w
         sink.settle(OK, LATER)
         look = stage.spool.due
 
-        async def crossed(sink: str, before: float, limit: int) -> list[Pending]:
+        async def crossed(sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
             found = await look(sink, before, limit)
             stage.spool.sync_marks()
             return found
@@ -50,7 +50,7 @@ async def test_expiry_does_not_judge_what_was_marked_while_the_spool_looked(monk
         sink.settle(OK, LATER)
         look = stage.spool.due
 
-        async def crossed(sink: str, before: float, limit: int) -> list[Pending]:
+        async def crossed(sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
             found = await look(sink, before, limit)
             stage.spool.sync_marks()
             return found

@@ -24,8 +24,9 @@ from gateway.smtp import bounce
 from ..certificates import certified
 from ..loops import on_both_loops, until
 from ..servers import free_port
+from ..upstreams import Peer, Rogue, Talk, good, takes
 from .stage import Stage, StagedSink, breathe, patience
-from .test_relay import Peer, Rogue, Talk, carry, good, message, states, takes, to
+from .test_relay import carry, message, states, to
 
 AUTHORITY = trustme.CA()
 

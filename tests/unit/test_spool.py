@@ -477,6 +477,48 @@ async def test_due_is_by_priority_then_time_and_only_what_is_due(tmp_path: Path)
         assert await spool.next_due("nobody", 0) is None
 
 
+async def test_each_priority_that_waits_has_a_share_of_every_look(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        for number in range(70):
+            await keep(spool, message(id=f"high {number}"), "app", priority=9, due=float(number))
+        for priority in (3, 0, -9):
+            for number in range(10):
+                await keep(spool, message(id=f"{priority} {number}"), "app", priority=priority, due=float(number))
+        await keep(spool, message(id="not yet"), "app", priority=-1, due=5000.0)
+
+        async def look(limit: int) -> list[str]:
+            return [row.message_id for row in await spool.due("app", 100.0, limit)]
+
+        assert await look(10) == [f"high {number}" for number in range(10)], "a small look is strict"
+        wanted = [f"high {number}" for number in range(58)] + ["3 0", "3 1", "0 0", "0 1", "-9 0", "-9 1"]
+        assert await look(64) == wanted
+        assert len(await look(96)) == 96
+        assert len(await look(1000)) == 100, "all that is due, and nothing else"
+
+
+async def test_what_waits_for_the_sink_can_probe_it_and_nothing_else_that_is_not_due(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await keep(spool, message(id="held by its sender"), "app", priority=9, due=5000.0)
+        await keep(spool, message(id="waits"), "app", due=4000.0, down=True, attempts=1)
+        await keep(spool, message(id="waits elsewhere"), "out", due=4000.0, down=True, attempts=1)
+        assert await spool.due("app", 100.0, 5) == []
+        assert [row.message_id for row in await spool.due("app", 100.0, 5, down=True)] == ["waits"]
+        await keep(spool, message(id="due"), "app", due=50.0)
+        assert [row.message_id for row in await spool.due("app", 100.0, 5, down=True)] == ["due", "waits"]
+        assert [row.message_id for row in await spool.due("app", 100.0, 1, down=True)] == ["due"]
+
+
+async def test_retrying_a_whole_sink_leaves_alone_what_its_sender_wants_held(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await keep(spool, message(id="parked"), "app", due=5000.0, expires_at=9000.0)
+        await keep(spool, message(id="deferred"), "app", due=5000.0, expires_at=9000.0, attempts=1)
+        await keep(spool, message(id="aside"), "app", due=5000.0, expires_at=9000.0, state="held")
+        assert await spool.change(None, "retry", sink="app", now=100.0) == 2
+        assert sorted(row.message_id for row in await spool.due("app", 100.0, 5)) == ["aside", "deferred"]
+        assert await spool.change(["parked"], "retry", now=100.0) == 1, "a person may name it"
+        assert len(await spool.due("app", 100.0, 5)) == 3
+
+
 async def test_wake_makes_due_what_waits_for_its_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BATCH", 3)
     async with opened(tmp_path) as spool:
@@ -632,6 +674,31 @@ async def test_an_older_schema_is_brought_forward(tmp_path: Path, monkeypatch: p
     assert rows_of(tmp_path, "PRAGMA user_version") == [(VERSION + 2,)]
 
 
+async def test_a_spool_of_the_first_schema_is_brought_forward(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        mail = await large(spool, b"z" * 300_000)
+        await keep(spool, mail)
+    db = apsw.Connection(str(tmp_path / "spool.db"))
+    db.execute("DROP INDEX messages_file; PRAGMA user_version = 1")
+    db.close()
+    async with opened(tmp_path) as spool:
+        (row,) = await spool.due("app", 1e12, 10)
+        assert await spool.load(row) is not None
+    assert rows_of(tmp_path, "SELECT name FROM sqlite_schema WHERE name = 'messages_file'") == [("messages_file",)]
+    assert rows_of(tmp_path, "PRAGMA user_version") == [(VERSION,)]
+
+
+async def test_a_start_reads_no_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A million messages are gigabytes: new mail would wait for them (as long as it takes to check a small spool whole).
+    monkeypatch.setattr(engine, "CHECK_LIMIT", 0)
+    async with opened(tmp_path) as spool:
+        await asyncio.gather(*(keep(spool, message(b"y" * 1500)) for _ in range(1000)))
+    async with opened(tmp_path) as spool:
+        assert (await spool.counts())["app", "queued"][0] == 1000
+        read = spool._engine._database.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0]
+    assert read * engine.PAGE_SIZE < (tmp_path / "spool.db").stat().st_size / 4
+
+
 async def test_a_database_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     db = apsw.Connection(str(tmp_path / "spool.db"))
     db.execute("CREATE TABLE theirs (x)")
@@ -653,6 +720,19 @@ async def test_orphans_are_removed_and_what_is_there_is_told(tmp_path: Path) -> 
         (row,) = await spool.due("app", 1e12, 10)
         assert await spool.load(row) is not None
     assert events.named("recovered") == [{"messages": 1, "orphans": 1}]
+
+
+async def test_messages_are_told_not_their_rows(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        first, _ = await keep(spool, message(), "app", "archive")
+        await keep(spool, message())
+        await settle(spool, first)
+    events = Events()
+    async with opened(tmp_path, observer=events) as spool:
+        await keep(spool, message(), "app", "archive")
+    async with opened(tmp_path, observer=events):
+        pass
+    assert [event["messages"] for event in events.named("recovered")] == [2, 3]
 
 
 def modes(folder: Path) -> dict[str, int]:

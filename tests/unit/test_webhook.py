@@ -21,7 +21,7 @@ from gateway.sinks import make_sink
 from gateway.sinks.webhook import RETRY_AFTER_LIMIT, WebhookSink
 
 from ..deliveries import ID, MAIL, TRACE, Try, carried, mail, recipient
-from ..receivers import MISBEHAVIOURS, Misbehaviour, misbehaving, never_answers, receiving, redirects_to_a_200, switches_protocols
+from ..receivers import RECEIVERS, Misbehaviour, answers_before_the_body, misbehaving, never_answers, receiving
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret of some thirty-two").decode()
@@ -207,7 +207,7 @@ async def test_what_the_receiver_says_is_in_the_reply_and_is_one_line() -> None:
     assert all(reply.wire.count(b"\r\n") == 1 for reply in replies)
 
 
-@pytest.mark.parametrize("behaviour", [*MISBEHAVIOURS, redirects_to_a_200, switches_protocols], ids=lambda behaviour: behaviour.__name__)
+@pytest.mark.parametrize("behaviour", RECEIVERS, ids=lambda behaviour: behaviour.__name__)
 async def test_no_misbehaving_receiver_counts_as_delivered(behaviour: Misbehaviour) -> None:
     async with misbehaving(behaviour) as url, webhook(url + "?token=secret", timeout=0.5) as sink:
         outcome = await carried(sink, mail())
@@ -216,6 +216,27 @@ async def test_no_misbehaving_receiver_counts_as_delivered(behaviour: Misbehavio
     assert outcome.reply.code == 451
     assert outcome.remote == url
     assert "secret" not in outcome.reply.text
+
+
+@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+@pytest.mark.parametrize("form", ["raw", "standard"])
+async def test_a_200_before_the_body_was_sent_delivers_nothing(tmp_path: Path, form: str, client: str) -> None:
+    file = tmp_path / "content"
+    file.write_bytes(MAIL + b"x" * 20_000_000)
+    async with misbehaving(answers_before_the_body) as url, webhook(url, format=form, client=client, timeout=10.0) as sink:
+        outcome = await carried(sink, mail(file))
+    assert (outcome.state, outcome.down) == ("deferred", True)
+    assert str(outcome.reply) == "451 4.5.0 HTTP 200 before the message was sent"
+
+
+@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+@pytest.mark.parametrize("form", ["raw", "standard"])
+async def test_a_200_to_a_body_in_pieces_delivers_it(tmp_path: Path, form: str, client: str) -> None:
+    file = tmp_path / "content"
+    for size in (64 * 1024, 256 * 1024, 256 * 1024 + 1, 3_000_000):
+        file.write_bytes(MAIL + b"x" * (size - len(MAIL)))
+        async with receiving() as receiver, webhook(receiver.url, format=form, client=client) as sink:
+            assert (await carried(sink, mail(file))).state == "delivered"
 
 
 @pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])

@@ -73,6 +73,7 @@ def _facts(delivery: Delivery, parsed: Parsed) -> dict[str, Any]:
         "id": message.id,
         "received_at": moment(message.received_at),
         "size": message.stored.size,
+        "priority": message.priority,
         "listener": message.listener,
         "envelope": {
             "mail_from": message.envelope.mail_from,
