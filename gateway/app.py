@@ -31,13 +31,13 @@ import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from . import __version__
-from .admin.control import NAME as CONTROL
-from .admin.control import Control
+from .admin.control import Operation
 from .checks import make_check
 from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig, split_address
 from .contracts import Check, Sink, SpoolError
@@ -51,6 +51,7 @@ from .observe import Telemetry
 from .queue import LaneSettings, Queue
 from .reply import Reply
 from .route import Routes
+from .shards import Shard, Shards
 from .sinks import make_sink
 from .smtp.extensions import Extensions
 from .smtp.server import Rules
@@ -90,6 +91,7 @@ class Place:
     number: int
     workers: int
     sockets: list[socket.socket]
+    handed: bool = False
 
 
 def bind_all(config: Config) -> list[socket.socket]:
@@ -166,18 +168,6 @@ def _key_of(listener: ListenerConfig, file: Path) -> str:
     return "certificates"
 
 
-def control_path(config: Config, worker: int) -> Path:
-    """Where this worker's control socket is."""
-    return config.spool.path / str(worker) / CONTROL
-
-
-def shards(root: Path) -> list[int]:
-    """Numbers of the worker shards that are in a spool folder, ascending."""
-    if not root.is_dir():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal() and (path / "spool.db").exists())
-
-
 def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: tuple[str, ...], *, binarymime: bool = True) -> Rules:
     """What the sessions of a listener go by. ``mechanisms``: of SASL, those that can be offered;
     ``binarymime``: every route's sink carries it."""
@@ -221,30 +211,6 @@ def _extensions(config: Config, table: Routes) -> Extensions:
         priorities_from=tuple(asked.priorities_from),
         clock=time.time,
     )
-
-
-async def stranded(config: Config, telemetry: Telemetry) -> list[str]:
-    """A fault for every shard that holds mail and that no worker of this Config would carry:
-    mail that was promised is never left lying unseen."""
-    faults = []
-    numbers = [number for number in shards(config.spool.path) if number >= config.worker_count]
-    for number in numbers:
-        shard = config.spool.path / str(number)
-        spool = SqliteSpool(shard, observer=telemetry, minimum_free=0)
-        try:
-            await spool.open()
-            rows = sum(count for count, _oldest in (await spool.counts()).values())
-        except (SpoolError, OSError) as error:
-            faults.append(f"spool.path: {error}")
-            continue
-        finally:
-            await spool.close()
-        if rows:
-            faults.append(
-                f"workers: {shard} holds mail for {rows} deliveries that no worker would carry with workers = {config.worker_count}: "
-                f"start with workers = {numbers[-1] + 1} until it is empty, or drop it (gateway queue drop)"
-            )
-    return faults
 
 
 class Gateway:
@@ -301,11 +267,11 @@ class Gateway:
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[str, Check] = {}
         self._users: Users | None = None
-        self._spool: SqliteSpool | None = None
-        self._queue: Queue | None = None
+        self._shards: Shards | None = None
         self._intake: MailIntake | None = None
+        #: Those of main shards that we had before.
+        self._former: list[MailIntake] = []
         self._admission: Admission | None = None
-        self._control: Control | None = None
         self._site: Site | None = None
         self._watcher: asyncio.TimerHandle | None = None
         self._certificate_watcher: asyncio.TimerHandle | None = None
@@ -414,19 +380,25 @@ class Gateway:
         telemetry, place = self.telemetry, self._place
         self._stamps = _stamps(config)
         secured = contexts(config)
-        if place is None and (faults := await stranded(config, telemetry)):
-            raise ConfigError(faults)
         admin = bind_admin(config) if place is None else None
         if admin is not None:
             self._sockets.append(admin)
         sockets = bind_all(config) if place is None else place.sockets
         self._sockets += sockets
-        shard = config.spool.path / str(0 if place is None else place.number)
+        shards = self._shards = Shards(
+            config.spool.path,
+            0 if place is None else place.number,
+            1 if place is None else place.workers,
+            spool=self._make_spool,
+            queue=self._make_queue,
+            operations=self._operations,
+            places=lambda: {name: sink.concurrency for name, sink in self.config.sinks.items()},
+            moved=self._moved,
+            observer=telemetry,
+        )
         try:
-            self._spool = SqliteSpool(shard, observer=telemetry, minimum_free=_least_room(config, shard), on_fatal=self._fatal)
-            await self._spool.open()
+            main = await shards.claim(handed=place is not None and place.handed)
         except (SpoolError, OSError) as error:
-            self._spool = None
             raise ConfigError([f"spool.path: {error}"]) from error
         faults = []
         for name, sink in config.sinks.items():
@@ -446,31 +418,8 @@ class Gateway:
             faults.append(f"authentication: {error}")
         if faults:
             raise ConfigError(faults)
-        self._queue = Queue(
-            self._spool,
-            self._sinks,
-            {
-                name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
-                for name, sink in config.sinks.items()
-            },
-            retry=config.retry.delays,
-            expire=config.retry.expire,
-            hold=config.spool.hold,
-            bounces=None if config.bounces is None else config.bounces.sink,
-            hostname=config.hostname,
-            observer=telemetry,
-            new_id=new_id,
-        )
-        await self._queue.open()
-        self._intake = MailIntake(
-            self._queue,
-            self._spool,
-            self._checks,
-            hostname=config.hostname,
-            expire=config.retry.expire,
-            observer=telemetry,
-            memory=config.limits.memory,
-        )
+        await shards.begin(main)
+        self._intake = self._make_intake(main)
         self._admission = Admission(config.limits, descriptors=_descriptors(), workers=1 if place is None else place.workers)
         session_ids = SessionIds()
         for sock, rules, context, entry in zip(sockets, self._rules(config), secured, config.listeners, strict=True):
@@ -500,8 +449,9 @@ class Gateway:
         telemetry.gauge("gateway_queue_messages", lambda: {key: rows for key, (rows, _) in self._counts.items()})
         telemetry.gauge("gateway_queue_oldest_seconds", self._oldest)
         telemetry.gauge("gateway_deliveries_out", self._out, ("sink",), "Deliveries that were started and have no result yet")
-        self._control = Control(shard / CONTROL, self._operations())
-        await self._control.open()
+        telemetry.gauge("gateway_shards", lambda: len(list(shards)), (), "Shards of the spool that are carried, adopted ones among them")
+        await shards.answer(main)
+        shards.look()
         if admin is not None:
             # The import takes longer than all the rest, and clients are being served already.
             site = await asyncio.to_thread(_site)
@@ -511,6 +461,50 @@ class Gateway:
         self._state = "ready"
         if place is None:
             telemetry.event("ready", **({"config": self.config_path} if self.config_path else {}))
+
+    def _make_spool(self, folder: Path) -> SqliteSpool:
+        return SqliteSpool(folder, observer=self.telemetry, minimum_free=_least_room(self.config, folder), on_fatal=self._fatal)
+
+    def _make_queue(self, spool: SqliteSpool) -> tuple[Queue, dict[str, LaneSettings]]:
+        config = self.config
+        lanes = lane_settings(config)
+        queue = Queue(
+            spool,
+            self._sinks,
+            lanes,
+            retry=config.retry.delays,
+            expire=config.retry.expire,
+            hold=config.spool.hold,
+            bounces=None if config.bounces is None else config.bounces.sink,
+            hostname=config.hostname,
+            observer=self.telemetry,
+            new_id=new_id,
+        )
+        return queue, lanes
+
+    def _make_intake(self, shard: Shard) -> MailIntake:
+        config = self.config
+        assert shard.queue is not None
+        return MailIntake(
+            shard.queue,
+            shard.spool,
+            self._checks,
+            hostname=config.hostname,
+            expire=config.retry.expire,
+            observer=self.telemetry,
+            memory=config.limits.memory,
+        )
+
+    def _moved(self, old: Shard, new: Shard) -> None:
+        """Mail that begins now goes to the new shard; mail that has begun ends in the old one."""
+        intake = self._intake
+        assert intake is not None
+        self._former.append(intake)
+        self._intake = self._make_intake(new)
+        within = {connection for listener in self._listeners for connection in listener.connections}
+        for listener in self._listeners:
+            listener.intake = self._intake
+        old.entered = lambda: intake.owed > 0 or any(within & listener.connections for listener in self._listeners)
 
     def _rules(self, config: Config) -> list[Rules]:
         """What each listener's sessions go by."""
@@ -523,11 +517,21 @@ class Gateway:
 
     def _watch(self) -> None:
         """While the spool cannot keep mail, none is taken. Asking costs nothing."""
-        assert self._spool is not None
         self._watcher = asyncio.get_running_loop().call_later(WATCH, self._watch)
-        reason = self._spool.unhealthy
+        spool = self._spool
+        reason = spool.unhealthy
         for listener in self._listeners:
-            listener.rules.shortage = None if reason is None else NO_ROOM if reason == self._spool.shortage else UNHEALTHY
+            listener.rules.shortage = None if reason is None else NO_ROOM if reason == spool.shortage else UNHEALTHY
+
+    @property
+    def _spool(self) -> SqliteSpool:
+        """Where new mail goes."""
+        assert self._shards is not None
+        assert self._shards.main is not None
+        return self._shards.main.spool
+
+    def _queues(self) -> list[Queue]:
+        return [shard.queue for shard in self._shards or () if shard.queue is not None]
 
     def _fatal(self, reason: str) -> None:
         """Nobody knows what the spool holds: a new process must find out."""
@@ -610,8 +614,10 @@ class Gateway:
         await self._unless_hurried(asyncio.gather(*(listener.gone() for listener in self._listeners)), deadline)
         for listener in self._listeners:
             listener.close()
-        if self._queue is not None:
-            await self._unless_hurried(self._queue.close(max(deadline - loop.time(), 0.0)), deadline + 1.0)
+        if self._shards is not None:
+            await self._shards.stay()
+        patience = max(deadline - loop.time(), 0.0)
+        await self._unless_hurried(asyncio.gather(*(queue.close(patience) for queue in self._queues())), deadline + 1.0)
 
     async def _unless_hurried(self, work: Awaitable[Any], deadline: float) -> None:
         """Wait for this until the deadline (loop time), or until somebody wants the end at once."""
@@ -636,20 +642,24 @@ class Gateway:
                 timer.cancel()
         left = 0
         # What is still out at a sink is deferred, and the spool is told: in this order.
-        if self._queue is not None:
-            await self._safely(self._queue.close())
+        if self._shards is not None:
+            await self._safely(self._shards.stay())
+        for queue in self._queues():
+            await self._safely(queue.close())
         for sink in self._sinks.values():
             await self._safely(sink.close())
-        if self._intake is not None:
-            await self._safely(self._intake.close())
+        for intake in (*self._former, *([self._intake] if self._intake is not None else [])):
+            await self._safely(intake.close())
         for check in self._checks.values():
             await self._safely(check.close())
-        for part in (self._users, self._control, self._site):
+        for part in (self._users, self._site):
             if part is not None:
                 await self._safely(part.close())
-        if self._spool is not None:
-            await self._safely(self._spool.close())
-            left = sum(rows for rows, _ in self._spool.left.values())
+        for shard in self._shards or ():
+            if shard.control is not None:
+                await self._safely(shard.control.close())
+            await self._safely(shard.spool.close())
+            left += sum(rows for rows, _ in shard.spool.left.values())
         for sock in self._sockets:
             sock.close()
         kept = self._put_away(left)
@@ -729,7 +739,6 @@ class Gateway:
         """Why no new mail should be sent here; None if it is welcome."""
         if self._state != "ready":
             return self._state
-        assert self._spool is not None
         return self._spool.unhealthy
 
     async def status(self) -> dict[str, Any]:
@@ -745,20 +754,24 @@ class Gateway:
             "uptime": round(time.time() - self._started_at, 3),
             "listeners": self.addresses,
             "connections": self._admission.count if self._admission else 0,
-            "sinks": self._queue.health() if self._queue else {},
+            "shards": sorted(shard.number for shard in self._shards or ()),
+            "sinks": self._health(),
             "queue": queued,
         }
 
     async def _count(self) -> None:
-        assert self._spool is not None
-        with suppress(SpoolError):
-            self._counts = await self._spool.counts()
+        if self._shards is not None:
+            self._counts = await self._shards.counts()
+
+    def _health(self) -> dict[str, str]:
+        """Of the main shard's lanes: the others ask the same sinks."""
+        return self._shards.main.queue.health() if self._shards and self._shards.main and self._shards.main.queue else {}
 
     def _sinks_up(self) -> dict[tuple[str, ...], float]:
-        return {(name,): float(health == "up") for name, health in self._queue.health().items()} if self._queue else {}
+        return {(name,): float(health == "up") for name, health in self._health().items()}
 
     def _out(self) -> dict[tuple[str, ...], float]:
-        return {(name,): float(out) for name, out in self._queue.out().items()} if self._queue else {}
+        return {(name,): float(out) for name, out in self._shards.out().items()} if self._shards else {}
 
     def _oldest(self) -> dict[tuple[str, ...], float]:
         now = time.time()
@@ -768,10 +781,16 @@ class Gateway:
                 ages[(sink,)] = max(now - since, 0.0)
         return ages
 
-    def _operations(self) -> dict[str, Callable[..., Awaitable[Any]]]:
-        """What the control socket is asked (see ``admin/control.py``)."""
-        spool, queue, telemetry = self._spool, self._queue, self.telemetry
-        assert spool is not None
+    async def asked(self, op: str) -> Any:
+        """``"metrics"`` or ``"status"``, for the supervisor."""
+        if op == "status":
+            return await self.status()
+        await self._count()
+        return self.telemetry.state()
+
+    def _operations(self, shard: Shard) -> Mapping[str, Operation]:
+        """What the control socket of a shard is asked (see ``admin/control.py``)."""
+        spool, queue = shard.spool, shard.queue
         assert queue is not None
 
         async def change(**what: Any) -> int:
@@ -790,11 +809,14 @@ class Gateway:
         async def counts() -> list[tuple[str, str, int, float]]:
             return [(sink, state, rows, oldest) for (sink, state), (rows, oldest) in (await spool.counts()).items()]
 
-        async def metrics() -> dict[str, Any]:
-            await self._count()
-            return telemetry.state()
-
-        return {"rows": spool.rows, "change": change, "export": export, "counts": counts, "metrics": metrics, "status": self.status}
+        return {
+            "rows": spool.rows,
+            "change": change,
+            "export": export,
+            "counts": counts,
+            "metrics": partial(self.asked, "metrics"),
+            "status": self.status,
+        }
 
 
 def serve(config: Config, *, log: Log = "json", config_path: str | None = None) -> int:
@@ -812,6 +834,14 @@ def serve(config: Config, *, log: Log = "json", config_path: str | None = None) 
         return gateway.run()
     finally:
         telemetry.close()
+
+
+def lane_settings(config: Config) -> dict[str, LaneSettings]:
+    """How the queue goes about each sink."""
+    return {
+        name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
+        for name, sink in config.sinks.items()
+    }
 
 
 def _stamps(config: Config) -> list[tuple[object, ...]]:

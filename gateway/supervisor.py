@@ -24,11 +24,11 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .admin.control import ControlError, call
-from .app import Gateway, Log, Place, bind_admin, bind_all, control_path, stranded
+from .app import Gateway, Log, Place, bind_admin, bind_all
 from .config import Config, ConfigError
 from .net import notify
 from .net.sockets import spoken
@@ -59,6 +59,33 @@ class Worker:
         self.ready = False
         self.since = 0.0
         self.delay = AGAIN_FIRST
+        self._questions = count(1)
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+
+    async def ask(self, word: str, what: Any = None, *, within: float) -> Any:
+        """What the worker answers. Raises TimeoutError where it does not, ConnectionError where it ended first."""
+        if not self.ready:
+            raise ConnectionError(f"worker {self.number} is not up")
+        number = next(self._questions)
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        try:
+            self.tell(word, (number, what))
+            return await asyncio.wait_for(answer, within)
+        finally:
+            del self._asked[number]
+
+    def answered(self, number: int, what: Any) -> None:
+        if (answer := self._asked.get(number)) is not None and not answer.done():
+            answer.set_result(what)
+
+    def ended(self) -> None:
+        """Its process is no more: nobody answers."""
+        self.ready = False
+        if self.writer is not None:
+            self.writer.close()
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError(f"worker {self.number} ended"))
 
     def tell(self, word: str, what: Any = None) -> None:
         if self.writer is not None and not self.writer.is_closing():
@@ -88,8 +115,6 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        if faults := await stranded(self.config, self.telemetry):
-            raise ConfigError(faults)
         admin = bind_admin(self.config)
         try:
             self._sockets = bind_all(self.config)
@@ -129,9 +154,7 @@ class Supervisor:
             listening = asyncio.create_task(self._listen(worker, reader, started))
             code = await process.wait()
             await listening
-            worker.ready = False
-            if worker.writer is not None:
-                worker.writer.close()
+            worker.ended()
             if not started.done():
                 started.set_result([f"workers: worker {worker.number} ended with code {code} before it was ready"])
             if self._ending or started.result():
@@ -168,6 +191,8 @@ class Supervisor:
                 self.telemetry.event("worker_ready", number=worker.number, pid=worker.process.pid if worker.process else 0)
                 if not started.done():
                     started.set_result([])
+            elif word == "answer":
+                worker.answered(*what)
             elif word == "faults":
                 if not started.done():
                     started.set_result(what)
@@ -230,14 +255,8 @@ class Supervisor:
 
     async def _ask_all(self, op: str) -> list[Any]:
         """What each worker that lives answers."""
-
-        async def ask(worker: Worker) -> Any:
-            try:
-                return await asyncio.to_thread(call, control_path(self.config, worker.number), op, timeout=ASKING)
-            except (OSError, ControlError):
-                return None
-
-        return [answer for answer in await asyncio.gather(*(ask(worker) for worker in self._workers)) if answer is not None]
+        answers = await asyncio.gather(*(worker.ask("ask", op, within=ASKING) for worker in self._workers), return_exceptions=True)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def metrics(self) -> bytes:
         return expose([self.telemetry.state(), *await self._ask_all("metrics")])
@@ -294,7 +313,10 @@ async def _work(channel: socket.socket) -> int:
 
     async def listen() -> None:
         while (told := await _received(reader)) is not None:
-            if told[0] == "reload":
+            if told[0] == "ask":
+                number, op = told[1]
+                writer.write(_packed("answer", (number, await gateway.asked(op))))
+            elif told[0] == "reload":
                 try:
                     gateway.reload(told[1])
                 except ConfigError as error:

@@ -8,7 +8,6 @@ import asyncio
 import base64
 import logging
 import os
-import shutil
 import smtplib
 import socket
 import ssl
@@ -101,11 +100,6 @@ async def running(config: Config) -> AsyncIterator[tuple[Gateway, Told]]:
     async with Gateway(config, telemetry=told) as gateway:
         yield gateway, told
     assert not told.named("bug"), told.named("bug")
-
-
-def _closed_port() -> int:
-    with bind("127.0.0.1", 0) as sock:
-        return int(sock.getsockname()[1])
 
 
 def boxed(folder: Path) -> list[bytes]:
@@ -222,7 +216,7 @@ async def test_mail_that_one_of_two_functions_took_is_kept(caplog: pytest.LogCap
         got.append([recipient.address for recipient in message.envelope.recipients])
 
     async with again:
-        await asyncio.to_thread(call, module.control_path(again.config, 0), "change", ids=None, action="retry")
+        await asyncio.to_thread(call, again.config.spool.path / "0" / "control.sock", "change", ids=None, action="retry")
         for _ in range(500):
             if got:
                 break
@@ -304,20 +298,6 @@ async def test_a_spool_that_another_has(tmp_path: Path) -> None:
         assert error.value.faults[0].startswith("spool.path: ")
         bind("127.0.0.1", int(address.rpartition(":")[2])).close()
         assert (await sent(first.port, "b@here.example"))[0] == 250
-
-
-@on_both_loops
-async def test_mail_in_a_shard_without_a_worker(tmp_path: Path) -> None:
-    """Fewer workers than before: what another shard holds is told, not left lying."""
-    sinks = {"box": {"type": "relay", "hosts": [f"127.0.0.1:{_closed_port()}"]}}
-    async with running(file(tmp_path, sinks=sinks)) as (gateway, _):
-        assert (await sent(gateway.port, "b@here.example"))[0] == 250
-    (tmp_path / "spool" / "0").rename(tmp_path / "spool" / "1")
-    with pytest.raises(ConfigError, match=r"workers: .*spool/1 holds mail for 1 deliveries .* start with workers = 2"):
-        await Gateway(file(tmp_path, sinks=sinks)).start()
-    shutil.rmtree(tmp_path / "spool" / "1")
-    async with running(file(tmp_path, sinks=sinks)):
-        pass
 
 
 @on_both_loops
@@ -635,7 +615,7 @@ async def test_the_control_socket(tmp_path: Path) -> None:
     )
     async with running(config) as (gateway, _):
         assert (await sent(gateway.port, "b@here.example"))[0] == 250
-        path = module.control_path(config, 0)
+        path = config.spool.path / "0" / "control.sock"
 
         async def ask(op: str, **arguments: Any) -> Any:
             return await asyncio.to_thread(call, path, op, **arguments)
