@@ -137,6 +137,9 @@ def serve(
 
         code = app.serve(config, log=cast("Literal['json', 'text', 'none']", log), config_path=path)
     except ConfigError as error:
+        from .net import handover
+
+        handover.refuse(error.faults)
         raise Refused(error.faults) from None
     sys.exit(code)
 

@@ -467,7 +467,7 @@ async def test_reload(tmp_path: Path) -> None:
         await asyncio.to_thread(inside.mail, "a@client.example")
         assert (await asyncio.to_thread(inside.rcpt, "b@new.example"))[0] == 550
         routes = [{"recipients": ["*@new.example"], "sink": "box"}]
-        gateway.reload(file(tmp_path, routes=routes, limits={"connections": 1}))
+        await gateway.reload(file(tmp_path, routes=routes, limits={"connections": 1}))
         # For those that are in as well.
         assert (await asyncio.to_thread(inside.rcpt, "b@new.example"))[0] == 250
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -478,20 +478,19 @@ async def test_reload(tmp_path: Path) -> None:
 
 
 @on_both_loops
-async def test_what_only_a_restart_can_change(tmp_path: Path) -> None:
+async def test_what_only_another_process_can_change(tmp_path: Path) -> None:
     async with running(file(tmp_path)) as (gateway, told):
         other = file(
             tmp_path,
-            hostname="other.example",
-            listeners=[{"address": "127.0.0.1:0"}, {"address": "127.0.0.1:0"}],
-            sinks={"box": {"type": "discard"}},
+            workers=2,
+            admin={"address": "127.0.0.1:0"},
+            spool={"path": str(tmp_path / "elsewhere"), "minimum_free": "1 MiB"},
             routes=[{"recipients": ["*@new.example"], "sink": "box"}],
-            limits={"memory": "2 MiB"},
         )
         with pytest.raises(ConfigError) as error:
-            gateway.reload(other)
+            await gateway.reload(other)
         assert error.value.faults == [
-            f"{name}: only a restart can change this" for name in ("hostname", "sinks", "listeners", "limits.memory")
+            f"{name}: only a restart or a hand-over (SIGUSR2) can change this" for name in ("workers", "admin", "spool")
         ]
         assert (await sent(gateway.port, "b@new.example"))[0] == 550
         assert not told.named("reloaded")
@@ -526,12 +525,12 @@ async def test_a_reload_reads_certificates_again(tmp_path: Path) -> None:
         assert await asyncio.to_thread(by_tls, gateway.port) == first.der
         second = certified(AUTHORITY, tmp_path / "tls", "mx.example")
         assert await asyncio.to_thread(by_tls, gateway.port) == first.der
-        gateway.reload(config)
+        await gateway.reload(config)
         assert await asyncio.to_thread(by_tls, gateway.port) == second.der
         # Files that do not fit change nothing.
         second.key.write_text("no key")
         with pytest.raises(ConfigError) as error:
-            gateway.reload(config)
+            await gateway.reload(config)
         assert error.value.faults == [f"listeners[0].key: {second.key} has no private key in PEM form"]
         assert await asyncio.to_thread(by_tls, gateway.port) == second.der
         assert len(told.named("reloaded")) == 1
