@@ -3,7 +3,9 @@
 Owns the order of things. Start: bind, spool, sinks, queue, intake, listeners, control
 socket, health and metrics. Drain: no new connection; mail before the end of its data gets
 421, mail after it its answer; deliveries that are out are waited for; what is still owed
-stays in the spool. The watch: room on the disk, health of the spool.
+stays in the spool. The watch: room on the disk, health of the spool. Reload: everything new is
+made first (``prepare``), then put in place in one turn of the loop (``commit``). Hand-over: the
+new version of the program gets the listening sockets, and this one drains.
 
 It decides nothing about mail: that is the parts' business, which meet in contracts and are
 put together here.
@@ -79,7 +81,7 @@ ROOM_FOR_A_MESSAGE = 1.5
 RESERVED_DESCRIPTORS = 256
 
 #: Seconds that clients have to finish, after a hand-over, before they hear 421.
-FINISH = 1.0
+FINISH = 3.0
 #: Before the name of the admin socket, when it is handed on.
 ADMIN = "admin "
 
@@ -95,7 +97,8 @@ Log = Literal["json", "text", "none"]
 @dataclass(slots=True)
 class Place:
     """What one of several worker processes is given: its number, how many there are, and the
-    listening sockets that the supervisor bound for all, one per ``[[listeners]]`` entry."""
+    listening sockets that the supervisor bound for all, one per ``[[listeners]]`` entry.
+    ``handed``: the version before this one may still have our shard."""
 
     number: int
     workers: int

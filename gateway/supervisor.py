@@ -3,8 +3,13 @@
 Owns the sockets, the processes and what is true about all of them together: it binds once,
 hands the sockets on, starts one worker per core or as many as it is told, starts those again
 that die, passes SIGTERM on, and adds their numbers up for ``/metrics``. It sees no mail: each
-worker has its own loop, spool shard and sinks, and shares nothing with the others
+worker has its own loop, spool shards and sinks, and shares nothing with the others
 (DESIGN §8).
+
+A reload (SIGHUP) has two steps: every worker makes ready, and only when all can does it take
+place in all. New listening sockets are bound here and go to the workers that live through a
+second socket pair (SCM_RIGHTS). A hand-over (SIGUSR2, ``net/handover.py``) starts another
+supervisor with workers of its own; once these take connections ours drain.
 
 A worker is this module run by the same Python with one end of a socket pair. Over it the
 supervisor sends the Config (never by the command line, where secrets could be seen), and the
@@ -227,6 +232,7 @@ class Supervisor:
                 if worker.config is not self.config and worker.process is not None:
                     # It began under what is the old configuration by now: once more.
                     worker.process.terminate()
+                    continue
                 worker.ready = True
                 self.telemetry.event("worker_ready", number=worker.number, pid=worker.process.pid if worker.process else 0)
                 if not started.done():
