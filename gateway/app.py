@@ -431,7 +431,7 @@ class Gateway:
             spool=self._make_spool,
             queue=self._make_queue,
             operations=self._operations,
-            places=lambda: {name: sink.concurrency for name, sink in self.config.sinks.items()},
+            whole=lambda: lane_settings(self.config),
             moved=self._moved,
             observer=telemetry,
         )

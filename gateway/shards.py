@@ -36,7 +36,7 @@ LOOK = 0.5
 AGAIN = 60
 #: Shards of ours that others may have before we give up.
 MOST = 1000
-#: Adopted shards together get one in so many of a sink's places; each at least one.
+#: Adopted shards together get one in so many of a sink's places, each at least one; and of its rate.
 SHARE = 4
 
 Counts = dict[tuple[str, str], tuple[int, float]]
@@ -66,7 +66,7 @@ class Shard:
 class Shards:
     """See the module. ``number`` is ours of ``workers``. ``spool`` makes one for a folder,
     ``queue`` one for a spool with its settings; ``operations`` is what a shard's control socket
-    answers; ``places``: what each sink's concurrency is now; ``moved(old, new)``: new mail goes to
+    answers; ``whole``: what each sink may have in all; ``moved(old, new)``: new mail goes to
     another main shard from now on."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Shards:
         spool: Callable[[Path], SqliteSpool],
         queue: Callable[[SqliteSpool], tuple[Queue, dict[str, LaneSettings]]],
         operations: Callable[[Shard], Mapping[str, Operation]],
-        places: Callable[[], Mapping[str, int]],
+        whole: Callable[[], Mapping[str, LaneSettings]],
         moved: Callable[[Shard, Shard], None],
         observer: Observer,
     ) -> None:
@@ -90,7 +90,7 @@ class Shards:
         self._spool = spool
         self._queue = queue
         self._operations = operations
-        self._places = places
+        self._whole = whole
         self._moved = moved
         self._observer = observer
         self._refused: dict[int, int] = {}
@@ -226,13 +226,18 @@ class Shards:
         self.adopted.pop(shard.number, None)
 
     def deal(self) -> None:
-        """Each shard's part of the places that a sink has."""
+        """Each shard's part of the places, and of the rate, that a sink has."""
         others = len(self.adopted)
-        for shard in self:
-            for name, places in self._places().items():
-                if name in shard.lanes:
-                    part = max(1, places // (SHARE * others)) if others else 0
-                    shard.lanes[name].concurrency = max(1, places - part * others) if shard is self.main else part
+        for name, whole in self._whole().items():
+            part = max(1, whole.concurrency // (SHARE * others)) if others else 0
+            rate = whole.rate / (SHARE * others) if others else 0.0
+            for shard in self:
+                if (lane := shard.lanes.get(name)) is None:
+                    continue
+                if shard is self.main:
+                    lane.concurrency, lane.rate = max(1, whole.concurrency - part * others), whole.rate - rate * others
+                else:
+                    lane.concurrency, lane.rate = part, rate
 
     # -------------------------------------------------------------- what it tells
 

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,23 @@ def hand_over(house: GatewayProcess, pid: int) -> int:
     new = int(house.event("handed_over", count=count, timeout=60)["pid"])
     wait_until(lambda: not alive(pid), "the old process ends")
     return new
+
+
+@pytest.fixture
+def gateway(gateway: Start) -> Iterator[Start]:
+    """As everywhere; none of those that took over from one another outlives the test."""
+    started: list[GatewayProcess] = []
+
+    def start(config: str, *arguments: str, environment: dict[str, str] | None = None) -> GatewayProcess:
+        started.append(gateway(config, *arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for house in started:
+        if not house.running:
+            with suppress(ProcessLookupError):
+                # They are of one group.
+                os.killpg(house.pid, signal.SIGKILL)
 
 
 def end(house: GatewayProcess, pid: int) -> None:
@@ -161,9 +179,9 @@ def story(house: GatewayProcess, receiver: HttpReceiver, times: int, rate: float
 
 
 @pytest.mark.parametrize("head", ["", WORKERS])
-def test_no_client_is_refused_and_no_mail_lost(tmp_path: Path, head: str) -> None:
+def test_no_client_is_refused_and_no_mail_lost(gateway: Start, head: str) -> None:
     with HttpReceiver() as receiver:
-        house = GatewayProcess(tmp_path / "house", HOOK.format(head=head, url=receiver.url)).start()
+        house = gateway(HOOK.format(head=head, url=receiver.url))
         _, pid = story(house, receiver, 2, 50)
         end(house, pid)
         assert not queued(house)
@@ -171,11 +189,11 @@ def test_no_client_is_refused_and_no_mail_lost(tmp_path: Path, head: str) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize("head", ["", WORKERS])
-def test_a_hundred_hand_overs(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str) -> None:
+def test_a_hundred_hand_overs(gateway: Start, capsys: pytest.CaptureFixture[str], head: str) -> None:
     """200 connections a second throughout. GATEWAY_HANDOVERS makes it shorter or longer."""
     times = int(os.environ.get("GATEWAY_HANDOVERS", "100"))
     with HttpReceiver() as receiver:
-        house = GatewayProcess(tmp_path / "house", HOOK.format(head=head, url=receiver.url)).start()
+        house = gateway(HOOK.format(head=head, url=receiver.url))
         load, pid = story(house, receiver, times, 200)
         end(house, pid)
         assert not queued(house)

@@ -14,10 +14,10 @@ import pytest
 from gateway.config import Config, ConfigError, ListenerConfig
 from gateway.reload import matched, unchangeable
 
-from ..loops import on_both_loops
+from ..loops import on_both_loops, until
 from ..receivers import Receiver, receiving
 from ..servers import free_port
-from .test_app import boxed, dialled, file, post, running, sent, until
+from .test_app import boxed, dialled, file, post, running, sent
 
 
 def box(folder: Path, name: str, **more: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from gateway.shards import on_disk
 from gateway.spool.sqlite import InUseError, SqliteSpool
 
 from ..crash.mail import Events, keep, opened, settle
-from ..loops import on_both_loops
-from .test_app import Told, boxed, file, running, sent, until
+from ..loops import on_both_loops, until
+from .test_app import Told, boxed, file, running, sent
 
 
 async def lay(root: Path, number: int, *sinks: str, mails: int = 1) -> list[str]:
@@ -156,12 +156,13 @@ async def test_a_sink_has_no_more_places_for_all_shards_than_for_one(tmp_path: P
     root = tmp_path / "spool"
     for number in (1, 2):
         await lay(root, number, "elsewhere")
-    async with running(file(tmp_path)) as (gateway, told):
+    async with running(file(tmp_path, sinks={"box": {"type": "discard", "rate": "80/s"}})) as (gateway, told):
         await until(lambda: len(told.named("adopted")) == 2)
         assert gateway._shards is not None
-        places = [shard.lanes["box"].concurrency for shard in gateway._shards]
-        assert sum(places) == gateway.config.sinks["box"].concurrency
-        assert places[0] > sum(places[1:])
+        lanes = [shard.lanes["box"] for shard in gateway._shards]
+        assert sum(lane.concurrency for lane in lanes) == gateway.config.sinks["box"].concurrency
+        assert lanes[0].concurrency > lanes[1].concurrency + lanes[2].concurrency
+        assert [lane.rate for lane in lanes] == [60.0, 10.0, 10.0]
 
 
 async def test_a_client_in_the_middle_of_its_content_keeps_its_shard(tmp_path: Path) -> None:
