@@ -1039,6 +1039,8 @@ class Gateway:
 def serve(config: Config, *, log: Log = "json", config_path: str | None = None) -> int:
     """``gateway serve``: blocks until the gateway ends; returns the exit code (see the module).
     Raises ConfigError. ``config_path``: told in the event log; SIGHUP reads what ``config`` was read from."""
+    # Until we can hand over it must not end us.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _claim_descriptors(config.limits.connections + 2 * RESERVED_DESCRIPTORS)
     if config.worker_count > 1:
         from . import supervisor

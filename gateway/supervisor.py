@@ -402,9 +402,12 @@ class Supervisor:
         for worker in self._workers:
             if not worker.ready:
                 return f"worker {worker.number} is not up"
-        for status in await self._ask_all("status"):
-            if status["unready"] is not None:
-                return str(status["unready"])
+        answers = await asyncio.gather(*(worker.ask("ask", "status", within=ASKING) for worker in self._workers), return_exceptions=True)
+        for worker, answer in zip(self._workers, answers, strict=True):
+            if isinstance(answer, BaseException):
+                return f"worker {worker.number} does not answer"
+            if answer["unready"] is not None:
+                return str(answer["unready"])
         return None
 
     async def status(self) -> Mapping[str, Any]:
@@ -542,6 +545,8 @@ def work(fd: int, lift: int) -> int:
 
     # Ctrl-C reaches every process of the terminal; the supervisor says what comes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A hand-over is the supervisor's business; whoever signals the whole group means it.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     return int(uvloop.run(_work(socket.socket(fileno=fd), socket.socket(fileno=lift))))
 
 

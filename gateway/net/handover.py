@@ -127,8 +127,8 @@ class Inheritance:
         return None
 
     def ready(self) -> None:
-        """We take connections: the sockets that were taken are ours, what nobody wanted is closed."""
-        for sock in self._taken:
+        """We take connections: the sockets are ours with their files; what nobody wanted is closed."""
+        for sock in (*self._taken, *self._sockets):
             if isinstance(sock, UnixSocket) and isinstance(path := sock.getsockname(), str) and os.path.exists(path):
                 sock.appeared(path)
         self._say({"ready": True})

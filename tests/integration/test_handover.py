@@ -13,18 +13,21 @@ import os
 import signal
 import smtplib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ..conftest import Start
-from ..servers import GatewayProcess, HttpReceiver, Request, free_port, wait_until
+from ..servers import ROOT, GatewayProcess, HttpReceiver, Request, free_port, wait_until
 from .test_gateway_process import ADMIN, AWAY, BASE, BOX, WORKERS, alive, begin, dial, queued, read, send, worker_pids
 
 HOOK = (
@@ -317,6 +320,50 @@ def test_stopped_while_the_new_version_starts(gateway: Start, tmp_path: Path) ->
     assert not house.found("handed_over")
 
 
+@pytest.mark.parametrize("head", ["", pytest.param(WORKERS, marks=pytest.mark.long)])
+def test_a_socket_that_was_passed_on_is_handed_on(gateway: Start, tmp_path: Path, head: str) -> None:
+    """As under systemd: the descriptor keeps its name in the file, whatever its number is by then."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        program = tmp_path / "service"
+        program.write_text(
+            f"import os, sys\nos.dup2({sock.fileno()}, 40, inheritable=True)\nos.environ.update(LISTEN_FDS='38', LISTEN_FDNAMES=':'.join(['x'] * 37 + ['smtp']),"
+            f" LISTEN_PID=str(os.getpid()))\nos.execv(sys.executable, [sys.executable, '-m', 'gateway', 'serve', *sys.argv[1:]])\n"
+        )
+        config = tmp_path / "gateway.toml"
+        config.write_text(head + BOX.format(folder=tmp_path).replace("127.0.0.1:0", "fd:smtp") + f'[spool]\npath = "{tmp_path}/spool"\n')
+        with (tmp_path / "log").open("wb") as log:
+            first = subprocess.Popen(
+                [sys.executable, str(program), "--config", str(config)],
+                pass_fds=[sock.fileno()],
+                stderr=log,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def told(name: str) -> list[dict[str, object]]:
+        events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [event for event in events if event["event"] == name]
+
+    try:
+        wait_until(lambda: told("ready"), "ready")
+        pid = first.pid
+        for count in (1, 2):
+            assert send(port, "b@box.example")[0] == 250
+            os.kill(pid, signal.SIGUSR2)
+            wait_until(partial(lambda wanted: len(told("handed_over")) == wanted, count), "handed over")
+            pid = int(str(told("handed_over")[-1]["pid"]))
+        assert first.wait(20) == 0
+        assert send(port, "b@box.example")[0] == 250
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not alive(pid), "the end")
+        assert not told("bug")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
 # ------------------------------------------------------------ workers and adoption
 
 
@@ -382,6 +429,13 @@ def test_a_worker_killed_under_load(gateway: Start) -> None:
 def test_a_worker_that_dies_again_and_again_waits_longer(gateway: Start) -> None:
     house = gateway(AWAY.format(head=WORKERS, tail=ADMIN, upstream=f"127.0.0.1:{free_port()}"))
     http = house.found("listening", protocol="http")[0]["address"]
+    # One that is there and does nothing is no better.
+    os.kill(worker_pids(house)[1], signal.SIGSTOP)
+    assert read(f"http://{http}/readyz") == (503, "worker 1 does not answer\n")
+    os.kill(worker_pids(house)[1], signal.SIGCONT)
+    wait_until(lambda: read(f"http://{http}/readyz")[0] == 200, "ready")
+    # What is meant for the supervisor ends no worker.
+    os.kill(worker_pids(house)[1], signal.SIGUSR2)
     for death in range(3):
         os.kill(worker_pids(house)[0], signal.SIGKILL)
         house.event("worker_ended", count=death + 1)
