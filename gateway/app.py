@@ -80,8 +80,8 @@ ROOM_FOR_A_MESSAGE = 1.5
 #: Descriptors that are not for clients: spool, sinks, log, admin.
 RESERVED_DESCRIPTORS = 256
 
-#: Seconds that clients have to finish, after a hand-over, before they hear 421.
-FINISH = 3.0
+#: Share of ``drain.timeout`` that clients have to finish, after a hand-over, before they hear 421.
+FINISH = 1 / 3
 #: Before the name of the admin socket, when it is handed on.
 ADMIN = "admin "
 
@@ -809,7 +809,7 @@ class Gateway:
             if self._site is not None:
                 await self._safely(self._site.close())
             finishing = asyncio.gather(*(listener.gone() for listener in self._listeners))
-            await self._unless_hurried(finishing, min(loop.time() + FINISH, deadline))
+            await self._unless_hurried(finishing, loop.time() + FINISH * (deadline - loop.time()))
         for listener in self._listeners:
             listener.drain()
         await self._unless_hurried(asyncio.gather(*(listener.gone() for listener in self._listeners)), deadline)
