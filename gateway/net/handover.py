@@ -128,7 +128,7 @@ class Inheritance:
 
     def ready(self) -> None:
         """We take connections: the sockets are ours with their files; what nobody wanted is closed."""
-        for sock in (*self._taken, *self._sockets):
+        for sock in (*self._taken, *(sock for _, sock in self._sockets)):
             if isinstance(sock, UnixSocket) and isinstance(path := sock.getsockname(), str) and os.path.exists(path):
                 sock.appeared(path)
         self._say({"ready": True})
@@ -164,13 +164,20 @@ def inherited() -> Inheritance | None:
     number = os.environ.pop(ENVIRONMENT, "")
     if not number.isdecimal():
         return None
+    channel: socket.socket | None = None
+    sockets: list[Named] = []
     try:
         channel = socket.socket(fileno=int(number))
         channel.set_inheritable(False)
         channel.settimeout(GREETING)
         with channel.makefile("rb") as lines:
             told = json.loads(lines.readline())
-        _inheritance = Inheritance(channel, [(str(name), handed_on(int(descriptor))) for name, descriptor in told["sockets"]])
-        return _inheritance
+        for name, descriptor in told["sockets"]:
+            sockets.append((str(name), handed_on(int(descriptor))))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        for sock in (channel, *(sock for _, sock in sockets)):
+            if sock is not None:
+                sock.close()
         raise HandoverError([f"{ENVIRONMENT}: what was handed on cannot be understood: {error!r}"]) from None
+    _inheritance = Inheritance(channel, sockets)
+    return _inheritance

@@ -70,7 +70,7 @@ class UnixSocket(socket.socket):
         super().close()
 
 
-def bind_unix(path: str, mode: int = MODE) -> socket.socket:
+def bind_unix(path: str, mode: int = MODE) -> UnixSocket:
     """A listening unix socket that does not block. Raises OSError."""
     sock = UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
