@@ -44,6 +44,7 @@ def test_workers_get_new_listeners_and_lose_old_ones(gateway: Start, tmp_path: P
     clients = [dial(free) for _ in range(30)]
     for client in clients:
         client.close()
+    house.event("connected", count=30, listener=f"127.0.0.1:{free}")
     shares = Counter(event["worker"] for event in house.found("connected", listener=f"127.0.0.1:{free}"))
     assert len(shares) == 2, shares
     assert send(free, "b@box.example")[0] == 250
