@@ -3,7 +3,9 @@
 Owns the order of things. Start: bind, spool, sinks, queue, intake, listeners, control
 socket, health and metrics. Drain: no new connection; mail before the end of its data gets
 421, mail after it its answer; deliveries that are out are waited for; what is still owed
-stays in the spool. The watch: room on the disk, health of the spool.
+stays in the spool. The watch: room on the disk, health of the spool. Reload: everything new is
+made first (``prepare``), then put in place in one turn of the loop (``commit``). Hand-over: the
+new version of the program gets the listening sockets, and this one drains.
 
 It decides nothing about mail: that is the parts' business, which meet in contracts and are
 put together here.
@@ -28,29 +30,32 @@ import ssl
 import tempfile
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from . import __version__
-from .admin.control import NAME as CONTROL
-from .admin.control import Control
+from .admin.control import Operation
 from .checks import make_check
 from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig, split_address
 from .contracts import Check, Sink, SpoolError
 from .intake import MailIntake, new_id
 from .listener import Admission, Door, Listener, SessionIds
 from .message import Message
-from .net import notify
-from .net.sockets import bind, bind_unix, passed_on, spoken
+from .net import handover, notify
+from .net.handover import Handover, HandoverError, Inheritance
+from .net.sockets import UnixSocket, bind, bind_unix, passed_on, spoken
 from .net.tls import CertificateError, Identity
 from .observe import Telemetry
 from .queue import LaneSettings, Queue
+from .reload import Prepared, adjust, changed, matched, unchangeable
 from .reply import Reply
 from .route import Routes
+from .shards import Shard, Shards
 from .sinks import make_sink
 from .smtp.extensions import Extensions
 from .smtp.server import Rules
@@ -66,12 +71,19 @@ RECOVER = 75
 WATCH = 0.25
 #: Seconds between looks at the files of certificates.
 WATCH_CERTIFICATES = 5.0
+#: Seconds beyond its own deadline until a part that a reload put out of use is closed.
+LATE = 60.0
 #: Seconds for answers that are still owed when the spool can no longer be trusted.
 LAST_ANSWERS = 1.0
 #: Room that must be free, as a multiple of the largest message.
 ROOM_FOR_A_MESSAGE = 1.5
 #: Descriptors that are not for clients: spool, sinks, log, admin.
 RESERVED_DESCRIPTORS = 256
+
+#: Share of ``drain.timeout`` that clients have to finish, after a hand-over, before they hear 421.
+FINISH = 1 / 3
+#: Before the name of the admin socket, when it is handed on.
+ADMIN = "admin "
 
 #: Said to MAIL, and (a 421) to new connections, while nothing can be kept (reference A1).
 NO_ROOM = Reply(452, "4.3.1", "insufficient storage, try again later")
@@ -85,27 +97,43 @@ Log = Literal["json", "text", "none"]
 @dataclass(slots=True)
 class Place:
     """What one of several worker processes is given: its number, how many there are, and the
-    listening sockets that the supervisor bound for all, one per ``[[listeners]]`` entry."""
+    listening sockets that the supervisor bound for all, one per ``[[listeners]]`` entry.
+    ``handed``: the version before this one may still have our shard."""
 
     number: int
     workers: int
     sockets: list[socket.socket]
+    handed: bool = False
 
 
-def bind_all(config: Config) -> list[socket.socket]:
-    """One listening socket per ``[[listeners]]`` entry. Raises ConfigError with every fault."""
-    sockets: list[socket.socket] = []
+def bind_all(config: Config, inheritance: Inheritance | None = None) -> list[socket.socket]:
+    """One listening socket per ``[[listeners]]`` entry, from who hands them on where there is somebody.
+    Raises ConfigError with every fault."""
+    bound = bind_some(config, range(len(config.listeners)), inheritance)
+    return [bound[number] for number in range(len(config.listeners))]
+
+
+def bind_some(config: Config, numbers: Iterable[int], inheritance: Inheritance | None = None) -> dict[int, socket.socket]:
+    """The same for listeners by number."""
+    sockets: dict[int, socket.socket] = {}
     faults: list[str] = []
-    for number, listener in enumerate(config.listeners):
+    for number in numbers:
+        listener = config.listeners[number]
         try:
-            sockets.append(_bound(listener))
+            sockets[number] = (inheritance and inheritance.take(listener.address)) or _bound(listener)
         except OSError as error:
             faults.append(f"listeners[{number}].address: cannot listen on {listener.address}: {error.strerror or error}")
     if faults:
-        for sock in sockets:
+        for sock in sockets.values():
             sock.close()
         raise ConfigError(faults)
     return sockets
+
+
+def named(config: Config, sockets: Sequence[socket.socket], admin: socket.socket | None) -> list[tuple[str, socket.socket]]:
+    """The listening sockets as they are called when they are handed on."""
+    found = [(entry.address, sock) for entry, sock in zip(config.listeners, sockets, strict=True)]
+    return found if admin is None or config.admin is None else [*found, (ADMIN + config.admin.address, admin)]
 
 
 def _bound(listener: ListenerConfig) -> socket.socket:
@@ -122,12 +150,12 @@ def door(listener: ListenerConfig) -> Door:
     return Door(tuple(listener.proxy_protocol_from), tuple(listener.xclient_from), listener.greet_delay)
 
 
-def bind_admin(config: Config) -> socket.socket | None:
+def bind_admin(config: Config, inheritance: Inheritance | None = None) -> socket.socket | None:
     """The socket of ``[admin]``, None without one. Raises ConfigError."""
     if config.admin is None:
         return None
     try:
-        return bind(*split_address(config.admin.address))
+        return (inheritance and inheritance.take(ADMIN + config.admin.address)) or bind(*split_address(config.admin.address))
     except OSError as error:
         raise ConfigError([f"admin.address: cannot listen on {config.admin.address}: {error.strerror or error}"]) from None
 
@@ -164,18 +192,6 @@ def _key_of(listener: ListenerConfig, file: Path) -> str:
             if getattr(pair, key) == file:
                 return f"certificates[{number}].{key}"
     return "certificates"
-
-
-def control_path(config: Config, worker: int) -> Path:
-    """Where this worker's control socket is."""
-    return config.spool.path / str(worker) / CONTROL
-
-
-def shards(root: Path) -> list[int]:
-    """Numbers of the worker shards that are in a spool folder, ascending."""
-    if not root.is_dir():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal() and (path / "spool.db").exists())
 
 
 def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: tuple[str, ...], *, binarymime: bool = True) -> Rules:
@@ -221,30 +237,6 @@ def _extensions(config: Config, table: Routes) -> Extensions:
         priorities_from=tuple(asked.priorities_from),
         clock=time.time,
     )
-
-
-async def stranded(config: Config, telemetry: Telemetry) -> list[str]:
-    """A fault for every shard that holds mail and that no worker of this Config would carry:
-    mail that was promised is never left lying unseen."""
-    faults = []
-    numbers = [number for number in shards(config.spool.path) if number >= config.worker_count]
-    for number in numbers:
-        shard = config.spool.path / str(number)
-        spool = SqliteSpool(shard, observer=telemetry, minimum_free=0)
-        try:
-            await spool.open()
-            rows = sum(count for count, _oldest in (await spool.counts()).values())
-        except (SpoolError, OSError) as error:
-            faults.append(f"spool.path: {error}")
-            continue
-        finally:
-            await spool.close()
-        if rows:
-            faults.append(
-                f"workers: {shard} holds mail for {rows} deliveries that no worker would carry with workers = {config.worker_count}: "
-                f"start with workers = {numbers[-1] + 1} until it is empty, or drop it (gateway queue drop)"
-            )
-    return faults
 
 
 class Gateway:
@@ -298,21 +290,34 @@ class Gateway:
         self._started_at = 0.0
         self._sockets: list[socket.socket] = []
         self._listeners: list[Listener] = []
+        #: Not in the file any more, with clients that are not done.
+        self._leaving: list[Listener] = []
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[str, Check] = {}
         self._users: Users | None = None
-        self._spool: SqliteSpool | None = None
-        self._queue: Queue | None = None
+        self._shards: Shards | None = None
         self._intake: MailIntake | None = None
+        #: Those of main shards that we had before.
+        self._former: list[MailIntake] = []
         self._admission: Admission | None = None
-        self._control: Control | None = None
         self._site: Site | None = None
+        self._admin: socket.socket | None = None
         self._watcher: asyncio.TimerHandle | None = None
         self._certificate_watcher: asyncio.TimerHandle | None = None
         #: How the files of each listener's certificates were when they were last looked at.
         self._stamps: list[tuple[object, ...]] = []
         self._counts: Mapping[tuple[str, str], tuple[int, float]] = {}
         self._broken: str | None = None
+        self._session_ids = SessionIds()
+        #: What the old version hands to us; its new version, to which we hand on, while it starts.
+        self._inheritance: Inheritance | None = None
+        self._offer: Handover | None = None
+        self._offering: asyncio.Task[None] | None = None
+        self._left = False
+        #: What a reload put out of use and what still has work to do; closed in the end at the latest.
+        self._retiring: dict[asyncio.Task[None], Callable[[], Coroutine[Any, Any, None]]] = {}
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         #: Set: end (``run``), and: end at once.
         self._asked = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -414,81 +419,40 @@ class Gateway:
         telemetry, place = self.telemetry, self._place
         self._stamps = _stamps(config)
         secured = contexts(config)
-        if place is None and (faults := await stranded(config, telemetry)):
-            raise ConfigError(faults)
-        admin = bind_admin(config) if place is None else None
+        admin = bind_admin(config, self._inheritance) if place is None else None
         if admin is not None:
             self._sockets.append(admin)
-        sockets = bind_all(config) if place is None else place.sockets
+        sockets = bind_all(config, self._inheritance) if place is None else place.sockets
         self._sockets += sockets
-        shard = config.spool.path / str(0 if place is None else place.number)
+        shards = self._shards = Shards(
+            config.spool.path,
+            0 if place is None else place.number,
+            1 if place is None else place.workers,
+            spool=self._make_spool,
+            queue=self._make_queue,
+            operations=self._operations,
+            whole=lambda: lane_settings(self.config),
+            moved=self._moved,
+            observer=telemetry,
+        )
         try:
-            self._spool = SqliteSpool(shard, observer=telemetry, minimum_free=_least_room(config, shard), on_fatal=self._fatal)
-            await self._spool.open()
+            main = await shards.claim(handed=self._inheritance is not None if place is None else place.handed)
         except (SpoolError, OSError) as error:
-            self._spool = None
             raise ConfigError([f"spool.path: {error}"]) from error
-        faults = []
-        for name, sink in config.sinks.items():
-            try:
-                self._sinks[name] = make_sink(name, sink, config.hostname)
-                await self._sinks[name].open()
-            except (LookupError, ValueError, OSError) as error:
-                faults.append(f"sinks.{name}: {error}")
-        for name, check in config.checks.items():
-            try:
-                self._checks[name] = make_check(name, check)
-            except (LookupError, ValueError, OSError) as error:
-                faults.append(f"checks.{name}: {error}")
+        faults: list[str] = []
+        await _opened_sinks(config, config.sinks, self._sinks, faults)
+        _made_checks(config, config.checks, self._checks, faults)
         try:
             self._users = Users(config.accounts(), config.authentication)
         except ValueError as error:
             faults.append(f"authentication: {error}")
         if faults:
             raise ConfigError(faults)
-        self._queue = Queue(
-            self._spool,
-            self._sinks,
-            {
-                name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
-                for name, sink in config.sinks.items()
-            },
-            retry=config.retry.delays,
-            expire=config.retry.expire,
-            hold=config.spool.hold,
-            bounces=None if config.bounces is None else config.bounces.sink,
-            hostname=config.hostname,
-            observer=telemetry,
-            new_id=new_id,
-        )
-        await self._queue.open()
-        self._intake = MailIntake(
-            self._queue,
-            self._spool,
-            self._checks,
-            hostname=config.hostname,
-            expire=config.retry.expire,
-            observer=telemetry,
-            memory=config.limits.memory,
-        )
+        await shards.begin(main)
+        self._intake = self._make_intake(main)
         self._admission = Admission(config.limits, descriptors=_descriptors(), workers=1 if place is None else place.workers)
-        session_ids = SessionIds()
-        for sock, rules, context, entry in zip(sockets, self._rules(config), secured, config.listeners, strict=True):
-            self._listeners.append(
-                Listener(
-                    sock,
-                    rules,
-                    self._intake,
-                    observer=telemetry,
-                    admission=self._admission,
-                    session_ids=session_ids,
-                    shared=place is not None,
-                    lent=entry.address.startswith("fd:"),
-                    door=door(entry),
-                    context=context,
-                    authenticator=self._users,
-                )
-            )
+        told = self._rules(config, self._sinks, self._users)
+        self._listeners = [self._listener(*parts) for parts in zip(sockets, told, secured, config.listeners, strict=True)]
         self._watch()
         self._watch_certificates()
         for listener in self._listeners:
@@ -500,11 +464,13 @@ class Gateway:
         telemetry.gauge("gateway_queue_messages", lambda: {key: rows for key, (rows, _) in self._counts.items()})
         telemetry.gauge("gateway_queue_oldest_seconds", self._oldest)
         telemetry.gauge("gateway_deliveries_out", self._out, ("sink",), "Deliveries that were started and have no result yet")
-        self._control = Control(shard / CONTROL, self._operations())
-        await self._control.open()
+        telemetry.gauge("gateway_shards", lambda: len(list(shards)), (), "Shards of the spool that are carried, adopted ones among them")
+        await shards.answer(main)
+        shards.look()
         if admin is not None:
             # The import takes longer than all the rest, and clients are being served already.
             site = await asyncio.to_thread(_site)
+            self._admin = admin
             self._site = site(admin, self)
             await self._site.open()
             telemetry.event("listening", address=spoken(admin.getsockname()), protocol="http")
@@ -512,22 +478,96 @@ class Gateway:
         if place is None:
             telemetry.event("ready", **({"config": self.config_path} if self.config_path else {}))
 
-    def _rules(self, config: Config) -> list[Rules]:
+    def _make_spool(self, folder: Path) -> SqliteSpool:
+        return SqliteSpool(folder, observer=self.telemetry, minimum_free=_least_room(self.config, folder), on_fatal=self._fatal)
+
+    def _make_queue(self, spool: SqliteSpool) -> tuple[Queue, dict[str, LaneSettings]]:
+        config = self.config
+        lanes = lane_settings(config)
+        queue = Queue(
+            spool,
+            self._sinks,
+            lanes,
+            retry=config.retry.delays,
+            expire=config.retry.expire,
+            hold=config.spool.hold,
+            bounces=None if config.bounces is None else config.bounces.sink,
+            hostname=config.hostname,
+            observer=self.telemetry,
+            new_id=new_id,
+        )
+        return queue, lanes
+
+    def _make_intake(self, shard: Shard) -> MailIntake:
+        config = self.config
+        assert shard.queue is not None
+        return MailIntake(
+            shard.queue,
+            shard.spool,
+            self._checks,
+            hostname=config.hostname,
+            expire=config.retry.expire,
+            observer=self.telemetry,
+            memory=config.limits.memory,
+        )
+
+    def _moved(self, old: Shard, new: Shard) -> None:
+        """Mail that begins now goes to the new shard; mail that has begun ends in the old one."""
+        intake = self._intake
+        assert intake is not None
+        self._former.append(intake)
+        self._intake = self._make_intake(new)
+        within = {connection for listener in self._listeners for connection in listener.connections}
+        for listener in self._listeners:
+            listener.intake = self._intake
+        old.entered = lambda: intake.owed > 0 or any(within & listener.connections for listener in self._listeners)
+
+    def _rules(self, config: Config, sinks: Mapping[str, Sink], users: Users | None) -> list[Rules]:
         """What each listener's sessions go by."""
         table = config.table()
-        binary = all(self._sinks[name].carries_binary for name in table.sinks())
-        mechanisms = self._users.mechanisms if self._users is not None else ()
+        binary = all(sinks[name].carries_binary for name in table.sinks())
+        mechanisms = users.mechanisms if users is not None else ()
         return [rules(config, listener, table, mechanisms, binarymime=binary) for listener in config.listeners]
+
+    def _listener(self, sock: socket.socket, rules: Rules, context: ssl.SSLContext | None, entry: ListenerConfig) -> Listener:
+        assert self._intake is not None
+        assert self._admission is not None
+        return Listener(
+            sock,
+            rules,
+            self._intake,
+            observer=self.telemetry,
+            admission=self._admission,
+            session_ids=self._session_ids,
+            shared=self._place is not None,
+            lent=entry.address.startswith("fd:"),
+            door=door(entry),
+            context=context,
+            authenticator=self._users,
+        )
 
     # --------------------------------------------------------------- the watch
 
     def _watch(self) -> None:
         """While the spool cannot keep mail, none is taken. Asking costs nothing."""
-        assert self._spool is not None
         self._watcher = asyncio.get_running_loop().call_later(WATCH, self._watch)
-        reason = self._spool.unhealthy
+        self._tell_shortage()
+
+    def _tell_shortage(self) -> None:
+        spool = self._spool
+        reason = spool.unhealthy
         for listener in self._listeners:
-            listener.rules.shortage = None if reason is None else NO_ROOM if reason == self._spool.shortage else UNHEALTHY
+            listener.rules.shortage = None if reason is None else NO_ROOM if reason == spool.shortage else UNHEALTHY
+
+    @property
+    def _spool(self) -> SqliteSpool:
+        """Where new mail goes."""
+        assert self._shards is not None
+        assert self._shards.main is not None
+        return self._shards.main.spool
+
+    def _queues(self) -> list[Queue]:
+        return [shard.queue for shard in self._shards or () if shard.queue is not None]
 
     def _fatal(self, reason: str) -> None:
         """Nobody knows what the spool holds: a new process must find out."""
@@ -536,33 +576,154 @@ class Gateway:
 
     # ------------------------------------------------------------------ reload
 
-    def reload(self, given: Config) -> None:
+    async def reload(self, given: Config) -> None:
         """Go by this Config from now on, for clients that are in as well. Raises ConfigError, and changes
-        nothing, where it differs in what only a restart can change."""
+        nothing, where it cannot be put to work, or differs in what only another process can change."""
+        async with self._reloading:
+            self.commit(await self.prepare(given))
+
+    async def prepare(self, given: Config, sockets: Mapping[int, socket.socket] | None = None) -> Prepared:
+        """Everything that this Config needs and we do not have, ready for ``commit``. ``sockets``: of its
+        new listeners, by number, where they are not ours to bind. Raises ConfigError."""
         config, old = self._composed(given), self.config
-        differing = {name for name in Config.model_fields if getattr(old, name) != getattr(config, name)}
-        fixed = sorted(
-            differing - {"routes", "limits", "listeners", "drain", "users", "users_file", "senders", "client_certificates", "extensions"}
-        )
-        if [(one.address, one.mode) for one in old.listeners] != [(one.address, one.mode) for one in config.listeners]:
-            fixed.append("listeners")
-        if old.limits.memory != config.limits.memory:
-            fixed.append("limits.memory")
-        if fixed:
-            raise ConfigError([f"{name}: only a restart can change this" for name in fixed])
-        accounts = config.accounts()
-        if self._users is not None:
-            self._users.go_by(accounts)
-        rules = self._rules(config)
-        stamps = _stamps(config)
-        secured = contexts(config)
+        ready = Prepared(config, matched(old.listeners, config.listeners), dict(sockets or {}))
+        try:
+            if self._state != "ready":
+                raise ConfigError([f"the gateway is {self._state}"])
+            if faults := unchangeable(old, config):
+                raise ConfigError(faults)
+            ready.stamps = _stamps(config)
+            ready.contexts = contexts(config)
+            ready.accounts = config.accounts()
+            ready.users = self._users
+            if config.authentication != old.authentication:
+                try:
+                    lockout = None if self._users is None else self._users.lockout
+                    ready.users = Users(ready.accounts, config.authentication, lockout=lockout)
+                    ready.made_users = True
+                except ValueError as error:
+                    faults.append(f"authentication: {error}")
+            await _opened_sinks(config, changed(old, config, "sinks"), ready.made_sinks, faults)
+            _made_checks(config, changed(old, config, "checks"), ready.made_checks, faults)
+            if faults:
+                raise ConfigError(faults)
+            ready.sinks = {name: ready.made_sinks.get(name) or self._sinks[name] for name in config.sinks}
+            ready.checks = {name: ready.made_checks.get(name) or self._checks[name] for name in config.checks}
+            ready.rules = self._rules(config, ready.sinks, ready.users)
+            if sockets is None:
+                ready.sockets = bind_some(config, [number for number, kept in enumerate(ready.kept) if kept is None])
+        except BaseException:
+            await ready.close()
+            raise
+        return ready
+
+    def commit(self, ready: Prepared) -> None:
+        """Put it in place: in one turn of the loop, all of it."""
+        config, old = ready.config, self.config
         self.config = config
-        self._stamps = stamps
+        self._stamps = ready.stamps
+        self._change_users(ready)
+        self._change_sinks(ready, old)
+        self._change_listeners(ready, old)
+        self.telemetry.event("reloaded")
+
+    def _change_users(self, ready: Prepared) -> None:
+        if ready.made_users:
+            if self._users is not None:
+                self._retire(self._users.close, LATE)
+            self._users = ready.users
+        elif self._users is not None:
+            self._users.go_by(ready.accounts)
+            # What is offered follows from who there is.
+            ready.rules = self._rules(ready.config, ready.sinks, self._users)
+
+    def _change_sinks(self, ready: Prepared, old: Config) -> None:
+        config = ready.config
+        for name, sink in self._sinks.items():
+            if ready.sinks.get(name) is not sink:
+                # By then every delivery that it has is over: a relay gives a second more for every 64 KiB.
+                self._retire(sink.close, old.sinks[name].timeout + old.limits.message_size / 65536 + LATE)
+        self._sinks = ready.sinks
+        for shard in self._shards or ():
+            if shard.queue is not None:
+                shard.lanes = lane_settings(config)
+                shard.queue.go_by(
+                    ready.sinks,
+                    shard.lanes,
+                    retry=config.retry.delays,
+                    expire=config.retry.expire,
+                    hold=config.spool.hold,
+                    bounces=None if config.bounces is None else config.bounces.sink,
+                    hostname=config.hostname,
+                )
+        if self._shards is not None:
+            self._shards.deal()
+        for name, check in self._checks.items():
+            if ready.checks.get(name) is not check:
+                self._retire(check.close, LATE)
+        # Mail that is under way may ask a check that is not in the file any more.
+        self._checks = {**self._checks, **ready.checks}
+        for intake in (*self._former, *([self._intake] if self._intake is not None else [])):
+            intake.go_by(self._checks, hostname=config.hostname, expire=config.retry.expire, memory=config.limits.memory)
+        self._checks = ready.checks
+
+    def _change_listeners(self, ready: Prepared, old: Config) -> None:
+        config = ready.config
         if self._admission is not None:
             self._admission.limits = config.limits
-        for listener, new, context, entry in zip(self._listeners, rules, secured, config.listeners, strict=True):
-            listener.go_by(replace(new, shortage=listener.rules.shortage), door(entry), context=context)
-        self.telemetry.event("reloaded")
+        before, self._listeners = self._listeners, []
+        for number, (kept, entry) in enumerate(zip(ready.kept, config.listeners, strict=True)):
+            rules, context = ready.rules[number], ready.contexts[number]
+            if kept is None:
+                sock = ready.sockets[number]
+                self._sockets.append(sock)
+                listener = self._listener(sock, rules, context, entry)
+                listener.start()
+                if self._place is None:
+                    self.telemetry.event("listening", address=listener.name, protocol=entry.protocol)
+            else:
+                listener = before[kept]
+                listener.authenticator = self._users
+                listener.go_by(rules, door(entry), context=context)
+                if self._place is None:
+                    adjust(old.listeners[kept], entry)
+            self._listeners.append(listener)
+        self._tell_shortage()
+        for place, listener in enumerate(before):
+            if place not in ready.kept:
+                self._dismiss(listener)
+
+    def _dismiss(self, listener: Listener) -> None:
+        """This listener is not in the file any more: who waits to be let in hears it, too."""
+        self.telemetry.event("closed", address=listener.name)
+        listener.drain(alone=True)
+        if listener.sock in self._sockets:
+            self._sockets.remove(listener.sock)
+        self._leaving.append(listener)
+
+        async def close() -> None:
+            listener.close()
+            self._leaving.remove(listener)
+
+        self._retire(close, self.config.drain.timeout, listener.gone)
+
+    def _retire(
+        self,
+        close: Callable[[], Coroutine[Any, Any, None]],
+        patience: float,
+        over: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """Close this once its work is ``over``, and after so many seconds at the latest."""
+
+        async def wait() -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await (asyncio.Event().wait() if over is None else over())
+            self._retiring.pop(task, None)
+            await self._safely(close())
+
+        task = asyncio.get_running_loop().create_task(wait())
+        self._retiring[task] = close
 
     def _watch_certificates(self) -> None:
         """Files of certificates that were replaced are taken at once, without being asked. Where they
@@ -583,14 +744,51 @@ class Gateway:
 
     def _reload(self) -> None:
         """SIGHUP: the file again, if there is one. A worker waits for its supervisor's word."""
-        if self._place is not None or self._given is None:
-            return
+        if self._place is None and self._given is not None:
+            task = asyncio.get_running_loop().create_task(self._read_again(self._given))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _read_again(self, given: Config) -> None:
         notify.reloading()
         try:
-            self.reload(self._given.reload())
+            await self.reload(given.reload())
         except ConfigError as error:
             self.telemetry.event("reload_refused", faults=error.faults)
+        except Exception as error:
+            self._bug(f"reload: {error!r}", error)
         notify.ready()
+
+    # --------------------------------------------------------------- hand-over
+
+    def _hand_over(self) -> None:
+        """SIGUSR2: start the new version; it takes our place, or we stay and say why."""
+        if self._state == "ready" and self._offering is None and not self._asked.is_set():
+            self._offering = asyncio.get_running_loop().create_task(self._give())
+
+    async def _give(self) -> None:
+        self.telemetry.event("handing_over")
+        sockets = named(self.config, [listener.sock for listener in self._listeners], self._admin)
+        self._offer = Handover(sockets)
+        try:
+            # A reload meanwhile would change what was handed on.
+            async with self._reloading:
+                pid = await self._offer.make()
+                notify.notify(f"MAINPID={pid}")
+                self.telemetry.event("handed_over", pid=pid)
+                self.leave()
+        except HandoverError as error:
+            self.telemetry.event("handover_refused", faults=error.faults)
+        finally:
+            self._offering = None
+
+    def leave(self) -> None:
+        """Another process takes connections from our sockets now: end without a word to who waits there."""
+        self._left = True
+        for sock in self._sockets:
+            if isinstance(sock, UnixSocket):
+                sock.leave()
+        self._asked.set()
 
     # --------------------------------------------------------------------- end
 
@@ -605,13 +803,22 @@ class Gateway:
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (LAST_ANSWERS if self._broken is not None else self.config.drain.timeout)
+        if self._left:
+            for listener in self._listeners:
+                listener.stop()
+            if self._site is not None:
+                await self._safely(self._site.close())
+            finishing = asyncio.gather(*(listener.gone() for listener in self._listeners))
+            await self._unless_hurried(finishing, loop.time() + FINISH * (deadline - loop.time()))
         for listener in self._listeners:
             listener.drain()
         await self._unless_hurried(asyncio.gather(*(listener.gone() for listener in self._listeners)), deadline)
         for listener in self._listeners:
             listener.close()
-        if self._queue is not None:
-            await self._unless_hurried(self._queue.close(max(deadline - loop.time(), 0.0)), deadline + 1.0)
+        if self._shards is not None:
+            await self._shards.stay()
+        patience = max(deadline - loop.time(), 0.0)
+        await self._unless_hurried(asyncio.gather(*(queue.close(patience) for queue in self._queues())), deadline + 1.0)
 
     async def _unless_hurried(self, work: Awaitable[Any], deadline: float) -> None:
         """Wait for this until the deadline (loop time), or until somebody wants the end at once."""
@@ -629,27 +836,35 @@ class Gateway:
             return
         started = self._state == "draining"
         self._state = "stopped"
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._leaving):
             listener.close()
         for timer in (self._watcher, self._certificate_watcher):
             if timer is not None:
                 timer.cancel()
         left = 0
         # What is still out at a sink is deferred, and the spool is told: in this order.
-        if self._queue is not None:
-            await self._safely(self._queue.close())
+        if self._shards is not None:
+            await self._safely(self._shards.stay())
+        for queue in self._queues():
+            await self._safely(queue.close())
+        retiring, self._retiring = self._retiring, {}
+        for task, close in retiring.items():
+            task.cancel()
+            await self._safely(close())
         for sink in self._sinks.values():
             await self._safely(sink.close())
-        if self._intake is not None:
-            await self._safely(self._intake.close())
+        for intake in (*self._former, *([self._intake] if self._intake is not None else [])):
+            await self._safely(intake.close())
         for check in self._checks.values():
             await self._safely(check.close())
-        for part in (self._users, self._control, self._site):
+        for part in (self._users, self._site):
             if part is not None:
                 await self._safely(part.close())
-        if self._spool is not None:
-            await self._safely(self._spool.close())
-            left = sum(rows for rows, _ in self._spool.left.values())
+        for shard in self._shards or ():
+            if shard.control is not None:
+                await self._safely(shard.control.close())
+            await self._safely(shard.spool.close())
+            left += sum(rows for rows, _ in shard.spool.left.values())
         for sock in self._sockets:
             sock.close()
         kept = self._put_away(left)
@@ -694,15 +909,27 @@ class Gateway:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         if self._place is None:
             loop.add_signal_handler(signal.SIGINT, self.ask_to_stop)
-        await self.start()
+            loop.add_signal_handler(signal.SIGUSR2, self._hand_over)
+            self._inheritance = _inherited()
+        try:
+            await self.start()
+        except ConfigError as error:
+            handover.refuse(error.faults)
+            raise
         ready()
         if self._place is None:
+            if self._inheritance is not None:
+                self._inheritance.ready()
             notify.ready()
         # What is there now stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
         await self._asked.wait()
-        if self._place is None:
+        if self._offering is not None:
+            self._offering.cancel()
+            if self._offer is not None:
+                await self._offer.recall()
+        if self._place is None and not self._left:
             notify.stopping()
         await self.stop()
         return 0 if self._broken is None else RECOVER
@@ -729,7 +956,6 @@ class Gateway:
         """Why no new mail should be sent here; None if it is welcome."""
         if self._state != "ready":
             return self._state
-        assert self._spool is not None
         return self._spool.unhealthy
 
     async def status(self) -> dict[str, Any]:
@@ -745,20 +971,24 @@ class Gateway:
             "uptime": round(time.time() - self._started_at, 3),
             "listeners": self.addresses,
             "connections": self._admission.count if self._admission else 0,
-            "sinks": self._queue.health() if self._queue else {},
+            "shards": sorted(shard.number for shard in self._shards or ()),
+            "sinks": self._health(),
             "queue": queued,
         }
 
     async def _count(self) -> None:
-        assert self._spool is not None
-        with suppress(SpoolError):
-            self._counts = await self._spool.counts()
+        if self._shards is not None:
+            self._counts = await self._shards.counts()
+
+    def _health(self) -> dict[str, str]:
+        """Of the main shard's lanes: the others ask the same sinks."""
+        return self._shards.main.queue.health() if self._shards and self._shards.main and self._shards.main.queue else {}
 
     def _sinks_up(self) -> dict[tuple[str, ...], float]:
-        return {(name,): float(health == "up") for name, health in self._queue.health().items()} if self._queue else {}
+        return {(name,): float(health == "up") for name, health in self._health().items()}
 
     def _out(self) -> dict[tuple[str, ...], float]:
-        return {(name,): float(out) for name, out in self._queue.out().items()} if self._queue else {}
+        return {(name,): float(out) for name, out in self._shards.out().items()} if self._shards else {}
 
     def _oldest(self) -> dict[tuple[str, ...], float]:
         now = time.time()
@@ -768,10 +998,16 @@ class Gateway:
                 ages[(sink,)] = max(now - since, 0.0)
         return ages
 
-    def _operations(self) -> dict[str, Callable[..., Awaitable[Any]]]:
-        """What the control socket is asked (see ``admin/control.py``)."""
-        spool, queue, telemetry = self._spool, self._queue, self.telemetry
-        assert spool is not None
+    async def asked(self, op: str) -> Any:
+        """``"metrics"`` or ``"status"``, for the supervisor."""
+        if op == "status":
+            return await self.status()
+        await self._count()
+        return self.telemetry.state()
+
+    def _operations(self, shard: Shard) -> Mapping[str, Operation]:
+        """What the control socket of a shard is asked (see ``admin/control.py``)."""
+        spool, queue = shard.spool, shard.queue
         assert queue is not None
 
         async def change(**what: Any) -> int:
@@ -790,16 +1026,21 @@ class Gateway:
         async def counts() -> list[tuple[str, str, int, float]]:
             return [(sink, state, rows, oldest) for (sink, state), (rows, oldest) in (await spool.counts()).items()]
 
-        async def metrics() -> dict[str, Any]:
-            await self._count()
-            return telemetry.state()
-
-        return {"rows": spool.rows, "change": change, "export": export, "counts": counts, "metrics": metrics, "status": self.status}
+        return {
+            "rows": spool.rows,
+            "change": change,
+            "export": export,
+            "counts": counts,
+            "metrics": partial(self.asked, "metrics"),
+            "status": self.status,
+        }
 
 
 def serve(config: Config, *, log: Log = "json", config_path: str | None = None) -> int:
     """``gateway serve``: blocks until the gateway ends; returns the exit code (see the module).
     Raises ConfigError. ``config_path``: told in the event log; SIGHUP reads what ``config`` was read from."""
+    # Until we can hand over it must not end us.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _claim_descriptors(config.limits.connections + 2 * RESERVED_DESCRIPTORS)
     if config.worker_count > 1:
         from . import supervisor
@@ -812,6 +1053,41 @@ def serve(config: Config, *, log: Log = "json", config_path: str | None = None) 
         return gateway.run()
     finally:
         telemetry.close()
+
+
+def _inherited() -> Inheritance | None:
+    """Raises ConfigError."""
+    try:
+        return handover.inherited()
+    except HandoverError as error:
+        raise ConfigError(error.faults) from None
+
+
+async def _opened_sinks(config: Config, names: Iterable[str], sinks: dict[str, Sink], faults: list[str]) -> None:
+    """Make and open these; what could not be is a fault, what was made is in ``sinks`` all the same."""
+    for name in names:
+        try:
+            sinks[name] = make_sink(name, config.sinks[name], config.hostname)
+            await sinks[name].open()
+        except (LookupError, ValueError, OSError) as error:
+            faults.append(f"sinks.{name}: {error}")
+
+
+def _made_checks(config: Config, names: Iterable[str], checks: dict[str, Check], faults: list[str]) -> None:
+    """The same with checks."""
+    for name in names:
+        try:
+            checks[name] = make_check(name, config.checks[name])
+        except (LookupError, ValueError, OSError) as error:
+            faults.append(f"checks.{name}: {error}")
+
+
+def lane_settings(config: Config) -> dict[str, LaneSettings]:
+    """How the queue goes about each sink."""
+    return {
+        name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
+        for name, sink in config.sinks.items()
+    }
 
 
 def _stamps(config: Config) -> list[tuple[object, ...]]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Taken where nothing else is said, if it is there.
 DEFAULT_FILE = Path("gateway.toml")
+#: Seconds for which ``queue`` waits for a gateway that opens or closes a shard.
+IN_BETWEEN = 5.0
 #: Rows that ``queue list`` shows unless told otherwise.
 LIST_LIMIT = 100
 #: Days before its end from which ``check`` speaks of a certificate.
@@ -135,6 +137,9 @@ def serve(
 
         code = app.serve(config, log=cast("Literal['json', 'text', 'none']", log), config_path=path)
     except ConfigError as error:
+        from .net import handover
+
+        handover.refuse(error.faults)
         raise Refused(error.faults) from None
     sys.exit(code)
 
@@ -570,26 +575,44 @@ class _Shards:
         raise Refused([f"{quiet(message_id)}: no such message in the queue"])
 
     def _ask(self, folder: Path, op: str, **arguments: Any) -> Any:
-        from .admin import control
+        import time
 
-        try:
-            return control.call(folder / control.NAME, op, **arguments)
-        except control.ControlError as error:
-            raise Refused([f"{folder}: {error}"]) from None
-        except (FileNotFoundError, ConnectionRefusedError):
-            return self._stopped(folder, op, arguments)
-        except OSError as error:
-            raise Refused([f"{folder}: cannot speak to the gateway: {error.strerror or error}"]) from None
+        from .admin import control
+        from .contracts import SpoolError
+        from .spool.sqlite import InUseError
+
+        until = time.monotonic() + IN_BETWEEN
+        while True:
+            try:
+                return control.call(folder / control.NAME, op, **arguments)
+            except control.ControlError as error:
+                raise Refused([f"{folder}: {error}"]) from None
+            except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
+                pass
+            except OSError as error:
+                raise Refused([f"{folder}: cannot speak to the gateway: {error.strerror or error}"]) from None
+            try:
+                return self._stopped(folder, op, arguments)
+            except InUseError as error:
+                # A gateway opens it, or closes it, at this moment.
+                if time.monotonic() > until:
+                    raise Refused([f"{folder}: {error}"]) from None
+                time.sleep(0.05)
+            except (SpoolError, OSError, LookupError) as error:
+                raise Refused([f"{folder}: {error}"]) from None
 
     @staticmethod
     def _stopped(folder: Path, op: str, arguments: dict[str, Any]) -> Any:
-        """Ask the spool itself: nobody lives there."""
+        """Ask the spool itself: nobody lives there. Raises SpoolError, OSError, LookupError."""
         import asyncio
         from dataclasses import asdict
 
-        from .contracts import SpoolError
         from .observe import Telemetry
         from .spool.sqlite import SqliteSpool
+
+        if not (folder / "spool.db").exists():
+            # It was empty, and whoever emptied it took it away.
+            return [] if op == "rows" else 0
 
         async def ask() -> Any:
             telemetry = Telemetry("none")
@@ -606,10 +629,7 @@ class _Shards:
             finally:
                 await spool.close()
 
-        try:
-            return asyncio.run(ask())
-        except (SpoolError, OSError, LookupError) as error:
-            raise Refused([f"{folder}: {error}"]) from None
+        return asyncio.run(ask())
 
 
 def _spool_of(file: Path | None) -> Path:

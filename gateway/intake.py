@@ -88,19 +88,23 @@ class MailIntake:
     ) -> None:
         self.queue = queue
         self.spool = spool
-        self.hostname = hostname
-        self.expire = expire
         self.observer = observer
         self.clock = clock
-        self.memory = memory
         self.held = 0
-        self._checks = dict(checks)
-        self._content_checks = frozenset(name for name, check in checks.items() if "content" in check.stages)
-        self._mark = mark(hostname)
+        self.go_by(checks, hostname=hostname, expire=expire, memory=memory)
         self._patient: deque[tuple[float, Ticket]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owed = 0
+
+    def go_by(self, checks: Mapping[str, Check], *, hostname: str, expire: float, memory: int) -> None:
+        """From now on, as at the beginning."""
+        self.hostname = hostname
+        self.expire = expire
+        self.memory = memory
+        self._checks = dict(checks)
+        self._content_checks = frozenset(name for name, check in checks.items() if "content" in check.stages)
+        self._mark = mark(hostname)
 
     # ------------------------------------------------------ contracts.Intake
 
@@ -116,7 +120,9 @@ class MailIntake:
     async def _judge(self, question: Question, names: Sequence[str]) -> Verdict:
         facts: dict[str, Any] = {}
         for name in names:
-            check = self._checks[name]
+            check = self._checks.get(name)
+            if check is None:
+                return Verdict(CHECK_FAILED, facts)  # gone since this mail was let in: it comes again, by the new rules
             if question.stage not in check.stages:
                 continue
             try:

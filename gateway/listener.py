@@ -280,9 +280,10 @@ class Listener:
         for connection in self.connections:
             connection.session.rules = rules
 
-    def drain(self, reply: Reply = SHUTTING_DOWN) -> None:
-        """Take no more and let go those that are in, each at the first moment that loses nothing."""
-        if self._open and not self._shared:
+    def drain(self, reply: Reply = SHUTTING_DOWN, *, alone: bool = False) -> None:
+        """Take no more and let go those that are in, each at the first moment that loses nothing. ``alone``:
+        nobody else goes on with this socket, whoever has it too."""
+        if self._open and (alone or not self._shared):
             # Who waits to be let in hears it too, instead of a reset.
             with suppress(OSError):
                 for _ in range(BACKLOG):

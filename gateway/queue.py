@@ -114,7 +114,7 @@ class Lane:
         "down",
         "down_since",
         "earliest",
-        "gap",
+        "gone",
         "hurried",
         "latency",
         "looking",
@@ -139,9 +139,7 @@ class Lane:
         self.sink = sink
         self.settings = settings
         self.out = 0
-        # Seconds between the begins of two deliveries, and the loop time of the next one.
-        self.gap = 1.0 / settings.rate if settings.rate else 0.0
-        self.slot = 0.0
+        self.slot = 0.0  # loop time before which none may begin, for the sake of its rate
         # Keys of rows that are in `ready`, out, or marked but not yet synced: never started twice.
         self.busy: set[int] = set()
         # Looks at the spool that are out, and keys whose marks were synced meanwhile: such a row may
@@ -165,6 +163,7 @@ class Lane:
         # the start, or of tries that outlasted an outage. The next success wakes them.
         self.wake_owed = True
         self.paused = False
+        self.gone = False  # its sink is not in the configuration any more
         self.next_probe = 0.0  # loop time
         self.probe_delay = PROBE_FIRST
         self.succeeded = 0.0  # loop time of the last success
@@ -184,8 +183,8 @@ class Lane:
 
     def charge(self, now: float) -> None:
         """A delivery takes its place at loop time ``now``."""
-        if self.gap:
-            self.slot = max(self.slot, now - CATCH_UP) + self.gap
+        if self.settings.rate:
+            self.slot = max(self.slot, now - CATCH_UP) + 1.0 / self.settings.rate
 
 
 class Queue:
@@ -215,6 +214,8 @@ class Queue:
         self._retry = tuple(retry)
         self.expire = expire
         self.hold = hold
+        # Of sinks that are not in the configuration any more.
+        self._former: dict[str, Lane] = {}
         self._bounces = bounces
         self._hostname = hostname
         self._observer = observer
@@ -252,10 +253,8 @@ class Queue:
         for lane in self._lanes.values():
             if lane.timer is not None:
                 lane.timer.cancel()
-            while lane.waiting:
-                first = lane.waiting.popleft()
-                first.ticket.settled(first.pending, [INTERRUPTED] * len(first.pending.recipients))
-        if any(lane.out for lane in self._lanes.values()):
+            self._let_go(lane)
+        if any(self.out().values()):
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), patience)
@@ -280,21 +279,78 @@ class Queue:
                 lane.dormant = False
                 self._pump(lane)
 
+    def go_by(
+        self,
+        sinks: Mapping[str, Sink],
+        lanes: Mapping[str, LaneSettings],
+        *,
+        retry: Sequence[float],
+        expire: float,
+        hold: float,
+        bounces: str | None,
+        hostname: str,
+    ) -> None:
+        """From now on, as at the beginning. A lane outlives its sink: what is out at the old one is
+        settled by it, what starts now goes to the new one. Rows of a sink that is gone are kept."""
+        self._retry = tuple(retry)
+        self.expire = expire
+        self.hold = hold
+        self._bounces = bounces
+        self._hostname = hostname
+        before = self._lanes
+        self._lanes = {}
+        for name, sink in sinks.items():
+            # One that was put away may have deliveries out: the same row must not be tried twice at a time.
+            lane = before.pop(name, None) or self._former.pop(name, None)
+            if lane is None:
+                lane = Lane(sink, lanes[name])
+            elif lane.sink is not sink:
+                lane.paused = False
+                lane.next_probe = 0.0
+                lane.probe_delay = PROBE_FIRST
+            lane.sink, lane.settings = sink, lanes[name]
+            lane.gone = False
+            lane.earliest = 0.0
+            lane.dormant = False
+            self._lanes[name] = lane
+        for name, lane in before.items():
+            self._put_away(lane)
+            self._former[name] = lane
+        for lane in self._lanes.values():
+            self._pump(lane)
+
+    def _put_away(self, lane: Lane) -> None:
+        """Nothing more of it starts; what is out comes back to it."""
+        if lane.timer is not None:
+            lane.timer.cancel()
+            lane.timer = None
+        lane.busy.difference_update(pending.key for pending in lane.ready)
+        lane.ready.clear()
+        lane.gone = True
+        self._let_go(lane)
+        self._observer.event("sink_down", sink=lane.sink.name, reason=f"{NO_SUCH_SINK} any more: what it is owed is kept until it is")
+
+    def _let_go(self, lane: Lane) -> None:
+        """Whoever waits for a first try waits no more."""
+        while lane.waiting:
+            first = lane.waiting.popleft()
+            first.ticket.settled(first.pending, [INTERRUPTED] * len(first.pending.recipients))
+
     def health(self) -> dict[str, str]:
         """``"up"``, ``"down"`` or ``"paused"`` by sink."""
         return {name: "paused" if lane.paused else "down" if lane.down else "up" for name, lane in self._lanes.items()}
 
     def out(self) -> dict[str, int]:
         """Deliveries out now by sink."""
-        return {name: lane.out for name, lane in self._lanes.items()}
+        return {name: lane.out for name, lane in (self._former | self._lanes).items() if lane.out or name in self._lanes}
 
     # ----------------------------------------------------------- first tries
 
     def patience(self, sink: str) -> float:
         """Seconds that a first try of this sink is worth waiting for before the message joins a
         commit group: ``hold``, or 0 where the sink is usually slower (DESIGN §4)."""
-        lane = self._lanes[sink]
-        return 0.0 if lane.latency > self.hold else self.hold
+        lane = self._lanes.get(sink)
+        return 0.0 if lane is None or lane.latency > self.hold else self.hold
 
     def first_try(self, message: Message, pending: Pending, ticket: Waiting, *, wait: bool = False) -> bool:
         """Try at once, if the lane has room: True, and ``ticket.settled`` is called once (maybe
@@ -542,7 +598,7 @@ class Queue:
 
     def _rest(self) -> None:
         """Closing waits for the last place to be free."""
-        if not any(lane.out for lane in self._lanes.values()):
+        if not any(self.out().values()):
             self._idle.set()
 
     def conclude(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> None:
@@ -668,7 +724,7 @@ class Queue:
         """Wake the lane when something can happen next. Where only an outcome can make room,
         nothing is armed: the outcome pumps."""
         now = self._loop.time()
-        if self._closing or lane.out >= lane.settings.concurrency:
+        if self._closing or lane.gone or lane.out >= lane.settings.concurrency:
             return
         if lane.waiting:
             wait = 0.0  # who waits for the sink's own word is tried whatever is thought of the sink
@@ -708,7 +764,7 @@ class Queue:
 
     def _pump(self, lane: Lane) -> None:
         """Start what can start; ask the spool for more where there is room."""
-        if self._closing:
+        if self._closing or lane.gone:
             return
         while lane.waiting and lane.room(now := self._loop.time()):
             first = lane.waiting.popleft()
@@ -793,13 +849,13 @@ class Queue:
             pass  # as in _refill
         finally:
             lane.out -= 1
-            if message is None or self._closing:
+            if message is None or self._closing or lane.gone:
                 lane.busy.discard(pending.key)
             if self._closing:
                 self._rest()
             elif not read:
                 self._read_again(lane)
-        if self._closing or not read:
+        if self._closing or lane.gone or not read:
             return
         if message is None:
             self._pump(lane)

@@ -30,6 +30,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "users": (4, "world"),
     "queue": (5, "time"),
     "intake": (6, "one message"),
+    "shards": (7, "whole"),
+    "reload": (7, "whole"),
     "app": (7, "whole"),
     "supervisor": (7, "whole"),
     "admin": (7, "whole"),

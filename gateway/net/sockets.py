@@ -57,6 +57,10 @@ class UnixSocket(socket.socket):
         """It is bound to this path now."""
         self._path, self._file = path, _identity(path)
 
+    def leave(self) -> None:
+        """Another process has it too and goes on: its file stays."""
+        self._file = None
+
     def close(self) -> None:
         path, file, self._file = self._path, self._file, None
         if file is not None:
@@ -66,7 +70,7 @@ class UnixSocket(socket.socket):
         super().close()
 
 
-def bind_unix(path: str, mode: int = MODE) -> socket.socket:
+def bind_unix(path: str, mode: int = MODE) -> UnixSocket:
     """A listening unix socket that does not block. Raises OSError."""
     sock = UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -151,6 +155,17 @@ def passed_on(name: str, environment: Mapping[str, str] | None = None) -> socket
         # Not ours to close: it may be anything.
         sock.detach()
         raise
+    return sock
+
+
+def handed_on(descriptor: int) -> socket.socket:
+    """A listening socket that another process of ours hands to this one. The file of a unix socket
+    is the other's until ``UnixSocket.appeared`` is called. Raises OSError."""
+    sock = socket.socket(fileno=descriptor)
+    if sock.family == socket.AF_UNIX:
+        sock = UnixSocket(fileno=sock.detach())
+    sock.set_inheritable(False)
+    sock.setblocking(False)
     return sock
 
 

@@ -103,6 +103,10 @@ class RefusedError(Exception):
     """This entry can never be stored, whatever the disk does."""
 
 
+class InUseError(SpoolError):
+    """Another process has this spool."""
+
+
 @dataclass(slots=True)
 class Entry:
     """What one ticket or mark adds to a group.
@@ -271,6 +275,22 @@ class Engine:
             raise SpoolError(f"spool {self.folder} cannot be opened: {_words(error)}", known=True) from error
 
     def _take_lock(self) -> None:
+        lock = self._locked()
+        while not self._named(lock):
+            # Who had it took the whole folder away, because it was empty.
+            self._files.close(lock)
+            lock = self._locked()
+        self._lock = lock
+
+    def _named(self, lock: int) -> bool:
+        """The file that we locked is the one that others would lock."""
+        try:
+            found, ours = self._files.stat(os.path.join(self.folder, LOCK)), os.fstat(lock)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def _locked(self) -> int:
         missing = []
         parent = self.folder
         while not os.path.isdir(parent):
@@ -284,7 +304,7 @@ class Engine:
         try:
             if not self._files.lock(lock):
                 owner = self._files.read(lock, 32).decode("ascii", "replace").strip()
-                raise SpoolError(
+                raise InUseError(
                     f"spool {self.folder} is in use by process {owner or '(unknown)'}: stop that process, or give this one another spool.path",
                     known=True,
                 )
@@ -295,7 +315,7 @@ class Engine:
         except BaseException:
             self._files.close(lock)
             raise
-        self._lock = lock
+        return lock
 
     def _open(self) -> Opened:
         self._files.mkdir(self.contents)
@@ -555,6 +575,33 @@ class Engine:
         except apsw.Error:
             pass
         self.abandon()
+
+    def remove(self) -> bool:
+        """Close it, and take the folder away where nothing is in it: under the lock, which goes last.
+        False: something is. Raises nothing."""
+        empty = False
+        try:
+            if self._db is not None and self.fatal is None and self._settled:
+                empty = not self._number("SELECT EXISTS (SELECT 1 FROM messages) OR EXISTS (SELECT 1 FROM pendings)")
+        except apsw.Error:
+            pass
+        if not empty:
+            self.close()
+            return False
+        lock, self._lock = self._lock, None
+        self.close()
+        try:
+            self._files.rmdir(self.contents)
+            for name in (f"{DATABASE}-wal", DATABASE, LOCK):
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.unlink(os.path.join(self.folder, name))
+            self._files.rmdir(self.folder)
+        except OSError:
+            empty = False
+        finally:
+            if lock is not None:
+                self._files.close(lock)
+        return empty
 
     def abandon(self) -> None:
         if self._db is not None:

@@ -95,6 +95,10 @@ class Files:
         if os.stat(path).st_mode & 0o777 != 0o700:
             os.chmod(path, 0o700)
 
+    def rmdir(self, path: str) -> None:
+        """The folder is gone; OSError where something is in it."""
+        os.rmdir(path)
+
     def names(self, path: str) -> list[str]:
         """What lies in a folder."""
         return os.listdir(path)

@@ -43,11 +43,11 @@ import apsw
 from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store, no_room
 from ..message import Message
 from .content import Contents, SpoolFile
-from .engine import Action, Engine, Entry, Listed, Loaded, RefusedError, Writer, Written
+from .engine import Action, Engine, Entry, InUseError, Listed, Loaded, RefusedError, Writer, Written
 from .files import Files
 from .records import FIRST_SPLIT, SHIFT, Snapshot, pack_message
 
-__all__ = ["Listed", "SqliteSpool"]
+__all__ = ["InUseError", "Listed", "SqliteSpool"]
 
 #: A group closes at this many octets, or tickets.
 GROUP_OCTETS = 2 * 2**20
@@ -152,8 +152,8 @@ class SqliteSpool:
     # ------------------------------------------------------------------ opening and closing
 
     async def open(self) -> None:
-        """Raises SpoolError: another process has it (its id is in the text), the schema is newer,
-        the disk will not have it."""
+        """Raises SpoolError: another process has it (InUseError; its id is in the text), the schema is
+        newer, the disk will not have it."""
         self._loop = asyncio.get_running_loop()
         self._writer = Writer("spool-writer")
         try:
@@ -175,8 +175,15 @@ class SqliteSpool:
         """Writes what waits, then ends; marks that fail now are given up (their deliveries are
         repeated after the next start). Call it after the last store and mark: later ones are
         refused."""
+        await self._end(self._engine.close)
+
+    async def remove(self) -> bool:
+        """``close``, and take the folder away where nothing is in it; False: something is, or it would not go."""
+        return bool(await self._end(self._engine.remove))
+
+    async def _end(self, last: Callable[[], _T]) -> _T | None:
         if self._writer is None or self._closing:
-            return
+            return None
         self._closing = True
         loop = self._here
         for timer in (self._watch_timer, self._mark_timer):
@@ -189,9 +196,10 @@ class SqliteSpool:
             await self._contents.close()
         with suppress(SpoolError):
             self.left = await self._call(self._engine.counts)
-        await self._call(self._engine.close)
+        result = await self._call(last)
         self._writer.stop()
         self._writer = None
+        return result
 
     @property
     def _here(self) -> asyncio.AbstractEventLoop:

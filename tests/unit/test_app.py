@@ -8,7 +8,6 @@ import asyncio
 import base64
 import logging
 import os
-import shutil
 import smtplib
 import socket
 import ssl
@@ -101,11 +100,6 @@ async def running(config: Config) -> AsyncIterator[tuple[Gateway, Told]]:
     async with Gateway(config, telemetry=told) as gateway:
         yield gateway, told
     assert not told.named("bug"), told.named("bug")
-
-
-def _closed_port() -> int:
-    with bind("127.0.0.1", 0) as sock:
-        return int(sock.getsockname()[1])
 
 
 def boxed(folder: Path) -> list[bytes]:
@@ -222,7 +216,7 @@ async def test_mail_that_one_of_two_functions_took_is_kept(caplog: pytest.LogCap
         got.append([recipient.address for recipient in message.envelope.recipients])
 
     async with again:
-        await asyncio.to_thread(call, module.control_path(again.config, 0), "change", ids=None, action="retry")
+        await asyncio.to_thread(call, again.config.spool.path / "0" / "control.sock", "change", ids=None, action="retry")
         for _ in range(500):
             if got:
                 break
@@ -304,20 +298,6 @@ async def test_a_spool_that_another_has(tmp_path: Path) -> None:
         assert error.value.faults[0].startswith("spool.path: ")
         bind("127.0.0.1", int(address.rpartition(":")[2])).close()
         assert (await sent(first.port, "b@here.example"))[0] == 250
-
-
-@on_both_loops
-async def test_mail_in_a_shard_without_a_worker(tmp_path: Path) -> None:
-    """Fewer workers than before: what another shard holds is told, not left lying."""
-    sinks = {"box": {"type": "relay", "hosts": [f"127.0.0.1:{_closed_port()}"]}}
-    async with running(file(tmp_path, sinks=sinks)) as (gateway, _):
-        assert (await sent(gateway.port, "b@here.example"))[0] == 250
-    (tmp_path / "spool" / "0").rename(tmp_path / "spool" / "1")
-    with pytest.raises(ConfigError, match=r"workers: .*spool/1 holds mail for 1 deliveries .* start with workers = 2"):
-        await Gateway(file(tmp_path, sinks=sinks)).start()
-    shutil.rmtree(tmp_path / "spool" / "1")
-    async with running(file(tmp_path, sinks=sinks)):
-        pass
 
 
 @on_both_loops
@@ -487,7 +467,7 @@ async def test_reload(tmp_path: Path) -> None:
         await asyncio.to_thread(inside.mail, "a@client.example")
         assert (await asyncio.to_thread(inside.rcpt, "b@new.example"))[0] == 550
         routes = [{"recipients": ["*@new.example"], "sink": "box"}]
-        gateway.reload(file(tmp_path, routes=routes, limits={"connections": 1}))
+        await gateway.reload(file(tmp_path, routes=routes, limits={"connections": 1}))
         # For those that are in as well.
         assert (await asyncio.to_thread(inside.rcpt, "b@new.example"))[0] == 250
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -498,20 +478,19 @@ async def test_reload(tmp_path: Path) -> None:
 
 
 @on_both_loops
-async def test_what_only_a_restart_can_change(tmp_path: Path) -> None:
+async def test_what_only_another_process_can_change(tmp_path: Path) -> None:
     async with running(file(tmp_path)) as (gateway, told):
         other = file(
             tmp_path,
-            hostname="other.example",
-            listeners=[{"address": "127.0.0.1:0"}, {"address": "127.0.0.1:0"}],
-            sinks={"box": {"type": "discard"}},
+            workers=2,
+            admin={"address": "127.0.0.1:0"},
+            spool={"path": str(tmp_path / "elsewhere"), "minimum_free": "1 MiB"},
             routes=[{"recipients": ["*@new.example"], "sink": "box"}],
-            limits={"memory": "2 MiB"},
         )
         with pytest.raises(ConfigError) as error:
-            gateway.reload(other)
+            await gateway.reload(other)
         assert error.value.faults == [
-            f"{name}: only a restart can change this" for name in ("hostname", "sinks", "listeners", "limits.memory")
+            f"{name}: only a restart or a hand-over (SIGUSR2) can change this" for name in ("workers", "admin", "spool")
         ]
         assert (await sent(gateway.port, "b@new.example"))[0] == 550
         assert not told.named("reloaded")
@@ -546,12 +525,12 @@ async def test_a_reload_reads_certificates_again(tmp_path: Path) -> None:
         assert await asyncio.to_thread(by_tls, gateway.port) == first.der
         second = certified(AUTHORITY, tmp_path / "tls", "mx.example")
         assert await asyncio.to_thread(by_tls, gateway.port) == first.der
-        gateway.reload(config)
+        await gateway.reload(config)
         assert await asyncio.to_thread(by_tls, gateway.port) == second.der
         # Files that do not fit change nothing.
         second.key.write_text("no key")
         with pytest.raises(ConfigError) as error:
-            gateway.reload(config)
+            await gateway.reload(config)
         assert error.value.faults == [f"listeners[0].key: {second.key} has no private key in PEM form"]
         assert await asyncio.to_thread(by_tls, gateway.port) == second.der
         assert len(told.named("reloaded")) == 1
@@ -635,7 +614,7 @@ async def test_the_control_socket(tmp_path: Path) -> None:
     )
     async with running(config) as (gateway, _):
         assert (await sent(gateway.port, "b@here.example"))[0] == 250
-        path = module.control_path(config, 0)
+        path = config.spool.path / "0" / "control.sock"
 
         async def ask(op: str, **arguments: Any) -> Any:
             return await asyncio.to_thread(call, path, op, **arguments)

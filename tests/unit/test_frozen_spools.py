@@ -82,9 +82,9 @@ async def test_what_an_older_version_promised_is_delivered(tmp_path: Path, versi
 async def retry(app: Gateway, state: str) -> int:
     """As ``gateway queue retry``: how many rows."""
     assert app._spool is not None
-    assert app._queue is not None
+    (queue,) = app._queues()
     changed = await app._spool.change(None, "retry", state=state)
-    app._queue.kick()
+    queue.kick()
     return changed
 
 
