@@ -75,7 +75,7 @@ def play(lines: list[bytes], cut: int) -> tuple[list[list[str]], list[str], bool
         replies += said
         assert len(said) == 1, f"{line!r} had {said}"
         if driver.session.closing:
-            assert said[0][0].startswith(("421", "554")), said
+            assert said[0][0].startswith(("421", "500", "554")), said
             return replies, driver.users, number == len(lines) - 1
     assert not driver.session.paused
     driver.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import smtplib
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -84,15 +85,30 @@ async def test_a_shard_that_another_has_is_waited_for(tmp_path: Path) -> None:
 @on_both_loops
 async def test_one_that_cannot_be_opened_stops_nothing(tmp_path: Path) -> None:
     root = tmp_path / "spool"
-    (root / "1").mkdir(parents=True)
-    (root / "1" / "spool.db").write_bytes(b"no database" * 1000)
+    await lay(root, 1, "elsewhere")
+    with sqlite3.connect(root / "1" / "spool.db") as db:
+        db.execute("PRAGMA user_version = 60")
+    db.close()
+    before = (root / "1" / "spool.db").read_bytes()
     async with running(file(tmp_path)) as (gateway, told):
         await until(lambda: told.named("adoption_failed"))
         (event,) = told.named("adoption_failed")
         assert event["shard"] == 1
-        assert "NotADB" in event["reason"]
+        assert "schema 60" in event["reason"]
         assert (await sent(gateway.port, "b@here.example"))[0] == 250
-    assert (root / "1" / "spool.db").read_bytes() == b"no database" * 1000
+    assert (root / "1" / "spool.db").read_bytes() == before
+
+
+@on_both_loops
+async def test_one_that_is_no_database_is_kept_for_a_person(tmp_path: Path) -> None:
+    root = tmp_path / "spool"
+    (root / "1").mkdir(parents=True)
+    (root / "1" / "spool.db").write_bytes(b"no database" * 1000)
+    async with running(file(tmp_path)) as (gateway, told):
+        await until(lambda: told.named("damaged"))
+        await until(lambda: not (root / "1" / "spool.db").exists())
+        assert (await sent(gateway.port, "b@here.example"))[0] == 250
+    assert (root / "1" / "damaged-1.db").read_bytes() == b"no database" * 1000
 
 
 @on_both_loops
