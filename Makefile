@@ -13,7 +13,7 @@ PYTEST := $(PY) -m pytest -q -p no:benchmark
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check test test-long torture mutants bench build lock clean
+.PHONY: help setup demo check test test-long torture mutants fuzz bench build lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -43,6 +43,9 @@ torture: setup ## hours: a million power cuts, 1,000 kill -9, 10,000 damages (ST
 
 mutants: setup ## breaks the product a dozen ways and shows which test catches it (MUTANTS="a1 g": only these)
 	$(PY) -m tests.mutants $(MUTANTS)
+
+fuzz: setup ## the parser and both sessions under sanitizers (FUZZ="receiver server", FUZZ_SECONDS=60, FUZZ_RUNS=, FUZZ_KEEP=)
+	$(PY) -m tests.fuzz $(FUZZ) $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS)) $(if $(FUZZ_RUNS),--runs $(FUZZ_RUNS)) $(if $(FUZZ_KEEP),--keep)
 
 bench: setup ## the end-to-end measurements of bench/README.md
 	$(PY) -m bench $(BENCH_ARGS)

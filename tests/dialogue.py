@@ -420,7 +420,7 @@ class Driver:
                 login, self._login = self._login, None
                 assert session.paused, "a login that is not waited for"
                 assert session.awaiting == "login"
-                events = session.judged(judged(login))
+                events = session.judged(self._judge(login))
                 continue
             if session.delay:
                 assert session.paused, "a tarpit that goes on reading"
@@ -436,6 +436,9 @@ class Driver:
                 events = session.proceed()
             else:
                 break
+
+    def _judge(self, login: Login) -> Judgement:
+        return judged(login)
 
     def _answer(self) -> list[Event]:
         number = self._finished.pop(0)

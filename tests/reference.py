@@ -173,7 +173,7 @@ def _read_line(line: bytes) -> Said:
     return said
 
 
-def _cut_line(stream: bytes, limit: int) -> tuple[bytes, str | None, bytes] | None:
+def cut_line(stream: bytes, limit: int) -> tuple[bytes, str | None, bytes] | None:
     """``(text, fault, rest)`` of the first line, None if it is not whole. A line ends at its first LF."""
     end = stream.find(b"\n")
     if (end if end >= 0 else len(stream)) > FLOOD_LIMIT:
@@ -191,14 +191,28 @@ def _cut_line(stream: bytes, limit: int) -> tuple[bytes, str | None, bytes] | No
 def lines(stream: bytes, limit: int) -> list[tuple[bytes, str | None]]:
     """``(text, fault)`` of every whole line of the stream; nothing follows a flood."""
     found = []
-    while (cut := _cut_line(stream, limit)) is not None:
+    while (cut := cut_line(stream, limit)) is not None:
         text, fault, stream = cut
         found.append((text, fault))
     return found
 
 
-def commands(stream: bytes, line_limit: int = LINE_LIMIT) -> list[Said]:
-    return [Said(fault=fault) if fault else _read_line(text) for text, fault in lines(stream, line_limit)]
+def first_command(stream: bytes, line_limit: int = LINE_LIMIT, auth_limit: int = 0) -> tuple[Said, bytes] | None:
+    """``(command, rest)`` of the first line, None if it is not whole. AUTH may be longer where ``auth_limit`` is."""
+    limit = max(line_limit, auth_limit) if stream[:5].upper() == b"AUTH " else line_limit
+    cut = cut_line(stream, limit)
+    if cut is None:
+        return None
+    text, fault, rest = cut
+    return Said(fault=fault) if fault else _read_line(text), rest
+
+
+def commands(stream: bytes, line_limit: int = LINE_LIMIT, auth_limit: int = 0) -> list[Said]:
+    found = []
+    while (cut := first_command(stream, line_limit, auth_limit)) is not None:
+        said, stream = cut
+        found.append(said)
+    return found
 
 
 # --- content ---------------------------------------------------------------------------------

@@ -6,15 +6,15 @@ input is fed whole, octet by octet and at random cuts.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway._parser import Command, Receiver, ReplyReceiver, parse_address, stuff
+from gateway._parser import Receiver, ReplyReceiver, parse_address, stuff
 from tests import reference
+from tests.fuzz.receiver import compare, heard, told
 
 CUTS = st.one_of(st.just("whole"), st.just("octets"), st.lists(st.integers(0, 2**20), max_size=12))
 Cuts = str | list[int]
@@ -50,29 +50,6 @@ LINES = st.lists(
 ).map(lambda lines: b"".join(start + b"a" * n + end for start, n, end in lines))
 HEADER = joined(b"Received:", b"received \t:", b"RECEIVED", b"x: y", b"\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t", b".", b":", b"r", b"")
 CONTENT = st.one_of(WIRE, LINES, HEADER, st.tuples(HEADER, WIRE, LINES).map(b"".join))
-
-
-def told(receiver: Receiver, octets: bytes, used: int) -> reference.Content:
-    return reference.Content(
-        octets=octets,
-        fault=receiver.content_fault,
-        finished=receiver.finished,
-        used=used,
-        eight_bit=receiver.eight_bit,
-        longest=receiver.longest,
-        header_size=receiver.header_size,
-        header_fields=receiver.header_fields,
-        hops=receiver.hops,
-    )
-
-
-def compare(got: reference.Content, size: int, want: reference.Content) -> None:
-    """All the same; only what is handed out before a fault depends on the cuts, and is a beginning."""
-    assert size == want.size
-    if want.fault:
-        assert want.octets.startswith(got.octets)
-        got.octets = want.octets
-    assert asdict(got) == asdict(want)
 
 
 @given(CONTENT, st.sampled_from([b"", b"\r\n.\r\nQUIT\r\n.\r\n"]), CUTS, st.booleans())
@@ -296,22 +273,6 @@ COMMANDS = st.one_of(
     st.lists(st.tuples(GOOD_LINES, ENDS).map(b"".join), max_size=6).map(b"".join),
     joined(b"\r", b"\n", b"\r\n", b"\0", b"MAIL FROM:<", b"RCPT TO:<", b"a@b", b">", b" ", b"\xc3\xa9", b"\xa9", b"BDAT ", b"1", b"v" * 70),
 )
-
-
-def heard(command: Command) -> reference.Said:
-    return reference.Said(
-        verb=command.verb,
-        fault=command.fault,
-        argument=command.argument,
-        address=command.address,
-        local=command.local,
-        domain=command.domain,
-        source_routed=command.source_routed,
-        ascii=command.ascii,
-        params=command.params,
-        chunk_size=command.chunk_size,
-        last=command.last,
-    )
 
 
 @given(COMMANDS, CUTS, st.sampled_from([40, 300, 2048]))
