@@ -121,8 +121,8 @@ def run(program: Path, target: str, arguments: Sequence[str], oracle: int | None
         "FUZZ_PYTHON": sys.executable,
         "FUZZ_TARGET": target,
         "FUZZ_ORACLE": str(oracle or ORACLE[target]),
-        # Objects are many and short-lived: a large quarantine of freed ones costs more than it finds.
-        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16:malloc_context_size=2",
+        # Objects are many and short-lived: a small quarantine of freed ones stays in the cache of the processor.
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:malloc_context_size=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     log = program.parent / f"{target}.log"

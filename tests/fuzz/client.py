@@ -32,12 +32,13 @@ class Plan:
     terms: Terms
     mails: list[tuple[Mail, bytes]]
     shakes: bool
+    verified: bool
     ends: bool
     sizes: tuple[int, int]
     groups: list[bytes]
 
 
-def _mail(number: int, kind: int, pieces: bool) -> tuple[Mail, bytes]:
+def _mail(number: int, kind: int, pieces: bool, secret: bool) -> tuple[Mail, bytes]:
     """A mail, and its content also where it is handed over in pieces."""
     content = CONTENTS[kind & 3]
     sender = SENDERS[kind >> 4 & 3] if kind & 64 else SENDERS[0]
@@ -46,6 +47,8 @@ def _mail(number: int, kind: int, pieces: bool) -> tuple[Mail, bytes]:
         for i in range(1 + (kind >> 2 & 3))
     ]
     params: Params = {"BODY": "BINARYMIME"} if kind & 3 == 3 and number else {"RET": "HDRS"} if kind & 128 else {}
+    if secret:
+        params["REQUIRETLS"] = None
     return Mail(sender, params, recipients, len(content), not content.isascii(), None if pieces else content), content
 
 
@@ -64,9 +67,9 @@ def plan(data: bytes) -> Plan | None:
         chunking=not settings & 32,
         binarymime=bool(settings & 64),
     )
-    mails = [_mail(number, kind + 85 * number, bool(more & 2)) for number in range(1 + (more >> 2 & 3))]
+    mails = [_mail(number, kind + 85 * number, bool(more & 2), bool(more & 128)) for number in range(1 + (more >> 2 & 3))]
     groups = [stretched(group) for group in data[5:].split(WAIT)]
-    return Plan(terms, mails, not more & 16, bool(more & 32), (data[3] + 1, data[4] + 1), groups)
+    return Plan(terms, mails, not more & 16, bool(more & 64), bool(more & 32), (data[3] + 1, data[4] + 1), groups)
 
 
 class Talk:
@@ -155,7 +158,8 @@ class Talk:
         assert self._mail is not None, f"nobody's mail: {event}"
         mail, self._mail = self._mail, None
         if isinstance(event, Unusable):
-            assert event.reply.temporary
+            # Mail that wants TLS all the way may have to look for another host.
+            assert event.reply.temporary or (event.unfit and "REQUIRETLS" in mail.params)
             return
         assert isinstance(event, Settled)
         assert len(event.outcomes) == len(mail.recipients)
@@ -175,7 +179,7 @@ class Talk:
         self.walk.secured()
         self._heard = b""
         self._replies = 0
-        self.session.secured()
+        self.session.secured(verified=self.plan.verified)
 
     def _judge(self, letter: Letter | None, recipient: Recipient, outcome: Outcome) -> None:
         reply = outcome.reply

@@ -67,7 +67,7 @@ def _server_seeds() -> list[bytes]:
     for case, groups in _transcripts():
         settings = case.settings
         first = (
-            server.PROTOCOLS.index(settings.protocol)
+            (3 if settings.certificate_identity != "off" else server.PROTOCOLS.index(settings.protocol))
             | server.TLS_KINDS.index(settings.tls) << 2
             | server.AUTH_KINDS.index(settings.auth) << 4
             | (64 if settings.senders else 0)

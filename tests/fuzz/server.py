@@ -24,7 +24,7 @@ from gateway.smtp import replies
 from gateway.smtp.events import Asked, Event
 from gateway.smtp.server import Rules, ServerSession
 
-from ..dialogue import HOSTNAME, Driver, Mail, split_replies
+from ..dialogue import CERTIFICATES, HOSTNAME, Driver, Mail, split_replies
 from .exchange import Walk
 from .inputs import WAIT, cut, stretched
 
@@ -39,7 +39,7 @@ SENDERS = {"user": ["a@client.example"]}
 KEYS = scram_keys("pencil", base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ=="), 4096)
 NONCE = "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
 ROUTES = (
-    Route(("*@app.example", f"postmaster@{HOSTNAME}"), ("app",), checks=("look",)),
+    Route(("*@app.example", f"postmaster@{HOSTNAME}"), ("app",), checks=("look",), requiretls=True),
     Route(("*@now.example",), ("app",), acknowledge="delivered"),
     Route(("*@relay.example",), ("app",), relays=True, authenticated=True),
 )
@@ -64,6 +64,10 @@ def rules(settings: int, more: int) -> Rules:
         mechanisms=MECHANISMS,
         senders=Senders(SENDERS, HOSTNAME, strict=False) if settings & 64 else None,
         binarymime=not more & 4,
+        requiretls=True,
+        certificates=CERTIFICATES,
+        # Of the two that are smtp, one knows its clients by their certificates.
+        certificate_identity="off" if settings & 3 != 3 else "external" if settings & 16 else "implied",
         client_checks=("look",) if more & 16 else (),
         sender_checks=("look",) if more & 32 else (),
         recipient_checks=frozenset({"look"}) if more & 32 else frozenset(),
