@@ -134,6 +134,9 @@ def run(program: Path, target: str, arguments: Sequence[str], oracle: int | None
     counts = re.findall(r"fuzz: executions=(\d+) oracle=(\d+) c_edges=(\d+)/(\d+) python_edges=(\d+)/(\d+) seconds=([\d.]+)", text)
     numbers = [float(number) for number in counts[-1]] if counts else [0.0] * 7
     executions, asked, edges, of_edges, marks, of_marks = (int(number) for number in numbers[:6])
+    if units := re.search(r"stat::number_of_executed_units: (\d+)", text):
+        # libFuzzer's own count: a sanitizer ends the process before the harness can tell its.
+        executions = int(units[1])
     written = re.search(r"Test unit written to (\S+)", text)
     culprit = Path(written[1]) if written else None
     return Run(executions, asked, (edges, of_edges), (marks, of_marks), numbers[6], text if done.returncode else None, culprit)
