@@ -194,7 +194,8 @@ class Disk:
     def _sync_names(self, folder: str, since: int) -> None:
         for path, past in list(self._names.items()):
             if os.path.dirname(path) == folder:
-                known = max(at for at, (when, _) in enumerate(past) if when < since)
+                # A sync that began before another one that is over by now has nothing to add.
+                known = max((at for at, (when, _) in enumerate(past) if when < since), default=0)
                 del past[:known]
                 if len(past) == 1 and past[0][1] is None:
                     del self._names[path]
