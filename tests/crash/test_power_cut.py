@@ -93,6 +93,15 @@ def test_names_wait_for_the_sync_of_their_folder() -> None:
     assert ("a",) in found, "a file in a folder whose own name was never synced"
 
 
+def test_a_sync_of_a_folder_that_began_first_may_end_last() -> None:
+    disk = Disk("/spool", {"a": b"1"})
+    disk.take(Operation("delete", "/spool/a"))
+    disk.take(Operation("open", "/spool/a"))
+    disk.take(Operation("sync_dir", "/spool", since=2))
+    disk.take(Operation("sync_dir", "/spool", since=1))
+    assert drawn(disk) == {b""}
+
+
 # ------------------------------------------------------------------------ the spool
 
 
