@@ -336,6 +336,10 @@ class Queue:
             first = lane.waiting.popleft()
             first.ticket.settled(first.pending, [INTERRUPTED] * len(first.pending.recipients))
 
+    def _tried_by(self, pending: Pending) -> Lane | None:
+        """The lane that has its tries in its books, also where its sink is gone by now."""
+        return self._lanes.get(pending.sink) or self._former.get(pending.sink)
+
     def health(self) -> dict[str, str]:
         """``"up"``, ``"down"`` or ``"paused"`` by sink."""
         return {name: "paused" if lane.paused else "down" if lane.down else "up" for name, lane in self._lanes.items()}
@@ -412,7 +416,7 @@ class Queue:
 
     def resume(self, pending: Pending) -> None:
         """A row was stored while its first try is out: its outcome will be marked."""
-        lane = self._lanes.get(pending.sink)
+        lane = self._tried_by(pending)
         if lane is not None:
             lane.busy.add(pending.key)
 
@@ -459,7 +463,7 @@ class Queue:
         if delayed and again:
             follow += self._delayed(message, again, now)
         if relayed:
-            lane = self._lanes.get(pending.sink)
+            lane = self._tried_by(pending)
             kind: bounce.Kind = "relayed" if lane is not None and lane.settings.relays else "delivered"
             follow.append(self._report(kind, message, relayed, now))
         if len(again) < len(pending.recipients):
@@ -497,7 +501,7 @@ class Queue:
         if not lost:
             return [], []
         recipients = message.envelope.recipients
-        lane = self._lanes.get(pending.sink)
+        lane = self._tried_by(pending)
         bounces = (bounces or (lane is not None and lane.settings.on_failure == "bounce")) and self._bounces in self._lanes
         # RFC 5321 §4.5.5: the null reverse-path gets no notification, ever.
         if bounces and message.envelope.mail_from:
@@ -603,7 +607,7 @@ class Queue:
 
     def conclude(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> None:
         """A try of a stored row ended: mark what became of it."""
-        lane = self._lanes.get(pending.sink)
+        lane = self._tried_by(pending)
         splits, follow = self.judge(message, pending, outcomes, self.clock())
         self._spool.mark(Mark(pending, splits, follow, partial(self._marked, lane, pending, follow)))
 
@@ -893,7 +897,7 @@ class Queue:
         outcome = Outcome("deferred", _last_said(pending) or NOT_YET)
         pending.expires_at = message.expires_at
         follow = self._delayed(message, [(index, outcome) for index in pending.recipients], now)
-        lane = self._lanes.get(pending.sink)
+        lane = self._tried_by(pending)
         self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow)))
 
     def _sweep(self) -> None:

@@ -222,7 +222,7 @@ class Stage:
         self.spool = StagedSpool()
         self.clock = Clock()
         self.sinks = {sink.name: sink for sink in sinks}
-        lanes = {
+        self.lanes = {
             name: LaneSettings(concurrency, "bounce" if on_failure == "bounce" and name != bounces else "dead_letter", rate=rate)
             for name in self.sinks
         }
@@ -230,7 +230,7 @@ class Stage:
         self.queue = Queue(
             self.spool,
             carriers,
-            lanes,
+            self.lanes,
             retry=retry,
             expire=expire,
             hold=HELD,
