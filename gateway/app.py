@@ -517,10 +517,12 @@ class Gateway:
         assert intake is not None
         self._former.append(intake)
         self._intake = self._make_intake(new)
-        within = {connection for listener in self._listeners for connection in listener.connections}
-        for listener in self._listeners:
+        listeners = (*self._listeners, *self._leaving)
+        within = {connection for listener in listeners for connection in listener.connections}
+        for listener in listeners:
             listener.intake = self._intake
-        old.entered = lambda: intake.owed > 0 or any(within & listener.connections for listener in self._listeners)
+        # Of these listeners, also where a reload takes them out of the file meanwhile.
+        old.entered = lambda: intake.owed > 0 or any(within & listener.connections for listener in listeners)
 
     def _rules(self, config: Config, sinks: Mapping[str, Sink], users: Users | None) -> list[Rules]:
         """What each listener's sessions go by."""
@@ -580,7 +582,16 @@ class Gateway:
         """Go by this Config from now on, for clients that are in as well. Raises ConfigError, and changes
         nothing, where it cannot be put to work, or differs in what only another process can change."""
         async with self._reloading:
-            self.commit(await self.prepare(given))
+            ready = await self.prepare(given)
+            if self.ending:
+                await ready.close()
+                raise ConfigError(["the gateway is about to end"])
+            self.commit(ready)
+
+    @property
+    def ending(self) -> bool:
+        """The end was asked for: nothing new may be put in place."""
+        return self._asked.is_set() or self._state in ("draining", "stopped")
 
     async def prepare(self, given: Config, sockets: Mapping[int, socket.socket] | None = None) -> Prepared:
         """Everything that this Config needs and we do not have, ready for ``commit``. ``sockets``: of its
@@ -588,8 +599,8 @@ class Gateway:
         config, old = self._composed(given), self.config
         ready = Prepared(config, matched(old.listeners, config.listeners), dict(sockets or {}))
         try:
-            if self._state != "ready":
-                raise ConfigError([f"the gateway is {self._state}"])
+            if self._state != "ready" or self.ending:
+                raise ConfigError([f"the gateway is {'about to end' if self._state == 'ready' else self._state}"])
             if faults := unchangeable(old, config):
                 raise ConfigError(faults)
             ready.stamps = _stamps(config)
@@ -768,11 +779,10 @@ class Gateway:
 
     async def _give(self) -> None:
         self.telemetry.event("handing_over")
-        sockets = named(self.config, [listener.sock for listener in self._listeners], self._admin)
-        self._offer = Handover(sockets)
         try:
             # A reload meanwhile would change what was handed on.
             async with self._reloading:
+                self._offer = Handover(named(self.config, [listener.sock for listener in self._listeners], self._admin))
                 pid = await self._offer.make()
                 notify.notify(f"MAINPID={pid}")
                 self.telemetry.event("handed_over", pid=pid)

@@ -222,6 +222,10 @@ class Shards:
             await shard.queue.close()
         if shard.control is not None:
             await shard.control.close()
+        else:
+            # A process that was killed may have left its own; we hold the lock.
+            with suppress(OSError):
+                (shard.folder / CONTROL).unlink()
         await shard.spool.remove()
         self.adopted.pop(shard.number, None)
 

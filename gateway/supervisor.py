@@ -471,7 +471,11 @@ async def _work(channel: socket.socket, lift: socket.socket) -> int:
             return await prepare(*what)
         assert ready_for is not None
         ready, ready_for = ready_for, None
-        gateway.commit(ready)
+        if gateway.ending:
+            # The worker that comes after this one begins with it.
+            await ready.close()
+        else:
+            gateway.commit(ready)
         return None
 
     def ready() -> None:

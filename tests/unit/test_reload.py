@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from gateway import app
 from gateway.config import Config, ConfigError, ListenerConfig
-from gateway.reload import matched, unchangeable
+from gateway.net.handover import HandoverError
+from gateway.net.sockets import spoken
+from gateway.reload import Prepared, matched, unchangeable
 
 from ..loops import on_both_loops, until
 from ..receivers import Receiver, receiving
@@ -265,3 +268,63 @@ async def test_the_mode_of_a_socket_that_stays(tmp_path: Path) -> None:
         await gateway.reload(file(tmp_path, listeners=[{"address": "127.0.0.1:0"}, where | {"mode": "0600"}]))
         assert os.stat(path).st_mode & 0o777 == 0o600
         assert await asyncio.to_thread(post, gateway.port, ["b@here.example"])
+
+
+# ------------------------------------------------------- beside a hand-over and the end
+
+
+async def test_a_hand_over_passes_on_what_a_reload_just_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for while a reload is under way: the sockets are those of the new configuration."""
+    offered: list[list[str]] = []
+
+    class Offered:
+        def __init__(self, sockets: list[tuple[str, socket.socket]]) -> None:
+            offered.append([f"{name} {spoken(sock.getsockname())}" for name, sock in sockets])
+
+        async def make(self) -> int:
+            raise HandoverError(["there is no new version here"])
+
+    monkeypatch.setattr(app, "Handover", Offered)
+    first, second = ({"address": f"127.0.0.1:{free_port()}"} for _ in range(2))
+    async with running(file(tmp_path, listeners=[first])) as (gateway, told):
+        # The new sink is opened in a thread: the hand-over is asked for while the reload waits.
+        sinks = box(tmp_path, "box") | box(tmp_path, "more")
+        reloading = asyncio.create_task(gateway.reload(file(tmp_path, listeners=[second], sinks=sinks)))
+        await asyncio.sleep(0)
+        assert not reloading.done()
+        gateway._hand_over()
+        await asyncio.sleep(0)
+        await reloading
+        await until(lambda: told.named("handover_refused"))
+        assert offered == [[f"{second['address']} {second['address']}"]]
+
+
+@pytest.mark.parametrize("end", ["leave", "stop"])
+async def test_a_reload_that_the_end_overtakes_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """What it made is closed again: nothing is opened by a process that is about to go."""
+    extra = free_port()
+    made = asyncio.Event()
+    go_on = asyncio.Event()
+    prepared: list[Prepared] = []
+
+    async with running(file(tmp_path)) as (gateway, told):
+        prepare = gateway.prepare
+
+        async def slow(*given: Any) -> Prepared:
+            prepared.append(await prepare(*given))
+            made.set()
+            await go_on.wait()
+            return prepared[-1]
+
+        monkeypatch.setattr(gateway, "prepare", slow)
+        reloading = asyncio.create_task(gateway.reload(file(tmp_path, listeners=[{"address": f"127.0.0.1:{extra}"}])))
+        await made.wait()
+        if end == "leave":
+            gateway.leave()
+        else:
+            await gateway.stop()
+        go_on.set()
+        with pytest.raises(ConfigError):
+            await reloading
+        assert not told.named("reloaded")
+        assert all(sock.fileno() == -1 for sock in prepared[0].sockets.values())

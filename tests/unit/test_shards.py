@@ -6,6 +6,7 @@ import asyncio
 import os
 import smtplib
 import sqlite3
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from gateway.spool.sqlite import InUseError, SqliteSpool
 
 from ..crash.mail import Events, keep, opened, settle
 from ..loops import on_both_loops, until
+from ..servers import free_port
 from .test_app import Told, boxed, file, running, sent
 
 
@@ -213,3 +215,53 @@ async def test_a_client_in_the_middle_of_its_content_keeps_its_shard(tmp_path: P
     finally:
         await gateway.stop()
     assert not told.named("bug"), told.named("bug")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_client_on_a_listener_that_leaves_keeps_its_shard(tmp_path: Path, when: str) -> None:
+    """In the middle of its content, with a reload that takes its listener away before the move, or after."""
+    root = tmp_path / "spool"
+    stays = {"address": "127.0.0.1:0"}
+    both = file(tmp_path, listeners=[stays, {"address": f"127.0.0.1:{free_port()}"}])
+    one = file(tmp_path, listeners=[stays])
+    old = SqliteSpool(root / "0", observer=Events(), minimum_free=0.0)
+    await old.open()
+    told = Told()
+    gateway = Gateway(both, telemetry=told, place=Place(0, 1, bind_all(both), handed=True))
+    await gateway.start()
+    try:
+        leaving = int(gateway.addresses[1].rpartition(":")[2])
+        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", leaving, timeout=10)
+        await asyncio.to_thread(client.ehlo)
+        await asyncio.to_thread(client.mail, "a@client.example")
+        await asyncio.to_thread(client.rcpt, "b@here.example")
+        assert (await asyncio.to_thread(client.docmd, "DATA"))[0] == 354
+        await asyncio.to_thread(client.send, b"Subject: x\r\n\r\n")
+        await asyncio.sleep(0.05)
+        if when == "before":
+            await gateway.reload(one)
+        await old.close()
+        await until(lambda: told.named("home"))
+        if when == "after":
+            await gateway.reload(one)
+        await asyncio.sleep(0.2)
+        assert not told.named("emptied")
+        await asyncio.to_thread(client.send, b"hello\r\n.\r\n")
+        code, text = await asyncio.to_thread(client.getreply)
+        assert (code in (250, 421), bool(told.named("accepted"))) == (True, code == 250), text
+        client.close()
+        await until(lambda: told.named("emptied"))
+    finally:
+        await gateway.stop()
+    assert not told.named("bug"), told.named("bug")
+
+
+async def test_nothing_is_left_of_an_empty_shard_whose_process_was_killed(tmp_path: Path) -> None:
+    """Its control socket lies there, which nobody answers."""
+    root = tmp_path / "spool"
+    async with opened(root / "1"):
+        pass
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(root / "1" / "control.sock"))
+    async with running(file(tmp_path)):
+        await until(lambda: os.listdir(root) == ["0"])
