@@ -30,7 +30,7 @@ import ssl
 import tempfile
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,24 +40,33 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from . import __version__
 from .admin.control import Operation
-from .checks import make_check
-from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig, split_address
+from .build import (
+    bind_admin,
+    bind_all,
+    bind_some,
+    contexts,
+    door,
+    lane_settings,
+    least_room,
+    made_checks,
+    named,
+    opened_sinks,
+    rules,
+    stamps,
+)
+from .config import Config, ConfigError, ListenerConfig, PythonConfig, RouteConfig, SinkConfig, SpoolConfig
 from .contracts import Check, Sink, SpoolError
 from .intake import MailIntake, new_id
-from .listener import Admission, Door, Listener, SessionIds
+from .listener import Admission, Listener, SessionIds
 from .message import Message
 from .net import handover, notify
 from .net.handover import Handover, HandoverError, Inheritance
-from .net.sockets import UnixSocket, bind, bind_unix, passed_on, spoken
-from .net.tls import CertificateError, Identity
+from .net.sockets import UnixSocket, spoken
 from .observe import Telemetry
 from .queue import LaneSettings, Queue
 from .reload import Prepared, adjust, changed, matched, unchangeable
 from .reply import Reply
-from .route import Routes
 from .shards import Shard, Shards
-from .sinks import make_sink
-from .smtp.extensions import Extensions
 from .smtp.server import Rules
 from .spool.sqlite import SqliteSpool
 from .users import Users
@@ -75,15 +84,11 @@ WATCH_CERTIFICATES = 5.0
 LATE = 60.0
 #: Seconds for answers that are still owed when the spool can no longer be trusted.
 LAST_ANSWERS = 1.0
-#: Room that must be free, as a multiple of the largest message.
-ROOM_FOR_A_MESSAGE = 1.5
 #: Descriptors that are not for clients: spool, sinks, log, admin.
 RESERVED_DESCRIPTORS = 256
 
 #: Share of ``drain.timeout`` that clients have to finish, after a hand-over, before they hear 421.
 FINISH = 1 / 3
-#: Before the name of the admin socket, when it is handed on.
-ADMIN = "admin "
 
 #: Said to MAIL, and (a 421) to new connections, while nothing can be kept (reference A1).
 NO_ROOM = Reply(452, "4.3.1", "insufficient storage, try again later")
@@ -104,139 +109,6 @@ class Place:
     workers: int
     sockets: list[socket.socket]
     handed: bool = False
-
-
-def bind_all(config: Config, inheritance: Inheritance | None = None) -> list[socket.socket]:
-    """One listening socket per ``[[listeners]]`` entry, from who hands them on where there is somebody.
-    Raises ConfigError with every fault."""
-    bound = bind_some(config, range(len(config.listeners)), inheritance)
-    return [bound[number] for number in range(len(config.listeners))]
-
-
-def bind_some(config: Config, numbers: Iterable[int], inheritance: Inheritance | None = None) -> dict[int, socket.socket]:
-    """The same for listeners by number."""
-    sockets: dict[int, socket.socket] = {}
-    faults: list[str] = []
-    for number in numbers:
-        listener = config.listeners[number]
-        try:
-            sockets[number] = (inheritance and inheritance.take(listener.address)) or _bound(listener)
-        except OSError as error:
-            faults.append(f"listeners[{number}].address: cannot listen on {listener.address}: {error.strerror or error}")
-    if faults:
-        for sock in sockets.values():
-            sock.close()
-        raise ConfigError(faults)
-    return sockets
-
-
-def named(config: Config, sockets: Sequence[socket.socket], admin: socket.socket | None) -> list[tuple[str, socket.socket]]:
-    """The listening sockets as they are called when they are handed on."""
-    found = [(entry.address, sock) for entry, sock in zip(config.listeners, sockets, strict=True)]
-    return found if admin is None or config.admin is None else [*found, (ADMIN + config.admin.address, admin)]
-
-
-def _bound(listener: ListenerConfig) -> socket.socket:
-    kind, _, rest = listener.address.partition(":")
-    if kind == "unix":
-        return bind_unix(rest, int(listener.mode, 8))
-    if kind == "fd":
-        return passed_on(rest)
-    return bind(*split_address(listener.address))
-
-
-def door(listener: ListenerConfig) -> Door:
-    """How clients of this listener come in."""
-    return Door(tuple(listener.proxy_protocol_from), tuple(listener.xclient_from), listener.greet_delay)
-
-
-def bind_admin(config: Config, inheritance: Inheritance | None = None) -> socket.socket | None:
-    """The socket of ``[admin]``, None without one. Raises ConfigError."""
-    if config.admin is None:
-        return None
-    try:
-        return (inheritance and inheritance.take(ADMIN + config.admin.address)) or bind(*split_address(config.admin.address))
-    except OSError as error:
-        raise ConfigError([f"admin.address: cannot listen on {config.admin.address}: {error.strerror or error}"]) from None
-
-
-def identities(config: Config) -> list[Identity | None]:
-    """What each listener proves who it is with; None where it has no TLS."""
-    return [
-        None if listener.tls == "off" else Identity(listener.pairs, listener.client_ca, listener.client_certificate == "required")
-        for listener in config.listeners
-    ]
-
-
-def contexts(config: Config) -> list[ssl.SSLContext | None]:
-    """The TLS context of each listener, from what its files hold now. Raises ConfigError with every fault."""
-    made: list[ssl.SSLContext | None] = []
-    faults: list[str] = []
-    for number, identity in enumerate(identities(config)):
-        try:
-            made.append(None if identity is None else identity.context())
-        except CertificateError as error:
-            faults.append(f"listeners[{number}].{_key_of(config.listeners[number], error.file)}: {error}")
-    if faults:
-        raise ConfigError(faults)
-    return made
-
-
-def _key_of(listener: ListenerConfig, file: Path) -> str:
-    """The key of the file under which this path was given."""
-    for key in ("certificate", "key", "client_ca"):
-        if getattr(listener, key) == file:
-            return key
-    for number, pair in enumerate(listener.certificates):
-        for key in ("certificate", "key"):
-            if getattr(pair, key) == file:
-                return f"certificates[{number}].{key}"
-    return "certificates"
-
-
-def rules(config: Config, listener: ListenerConfig, table: Routes, mechanisms: tuple[str, ...], *, binarymime: bool = True) -> Rules:
-    """What the sessions of a listener go by. ``mechanisms``: of SASL, those that can be offered;
-    ``binarymime``: every route's sink carries it."""
-    return Rules(
-        hostname=config.hostname,
-        routes=table,
-        protocol=listener.protocol,
-        message_size=config.limits.message_size,
-        recipients=config.limits.recipients,
-        null_sender_recipients=config.limits.null_sender_recipients,
-        hops=config.limits.hops,
-        long_lines=listener.long_lines,
-        bare_newlines=listener.bare_newlines,
-        tls=listener.tls,
-        auth=listener.auth,
-        auth_without_tls=listener.auth_without_tls,
-        mechanisms=mechanisms,
-        senders=config.owners(listener),
-        certificates=config.client_certificates,
-        certificate_identity=listener.certificate_identity,
-        binarymime=binarymime,
-        requiretls=any(route.requiretls for route in table.routes),
-        # Who offers DSN promises reports (RFC 3461 §5.2); without [bounces] nobody carries them.
-        dsn=config.bounces is not None,
-        extensions=_extensions(config, table),
-        client_checks=config.checks_at("client"),
-        sender_checks=config.checks_at("sender"),
-        recipient_checks=frozenset(config.checks_at("recipient")),
-    )
-
-
-def _extensions(config: Config, table: Routes) -> Extensions:
-    """What can be kept: a hold wants a route that acknowledges before it delivers, DELIVERBY somebody
-    who carries notices."""
-    asked = config.extensions
-    durable = any(route.acknowledge == "durable" for route in table.routes)
-    return Extensions(
-        hold=asked.hold_limit if durable else 0.0,
-        by=None if config.bounces is None else asked.deliver_by,
-        priorities=asked.priorities,
-        priorities_from=tuple(asked.priorities_from),
-        clock=time.time,
-    )
 
 
 class Gateway:
@@ -417,7 +289,7 @@ class Gateway:
 
     async def _start(self, config: Config) -> None:
         telemetry, place = self.telemetry, self._place
-        self._stamps = _stamps(config)
+        self._stamps = stamps(config)
         secured = contexts(config)
         admin = bind_admin(config, self._inheritance) if place is None else None
         if admin is not None:
@@ -440,8 +312,8 @@ class Gateway:
         except (SpoolError, OSError) as error:
             raise ConfigError([f"spool.path: {error}"]) from error
         faults: list[str] = []
-        await _opened_sinks(config, config.sinks, self._sinks, faults)
-        _made_checks(config, config.checks, self._checks, faults)
+        await opened_sinks(config, config.sinks, self._sinks, faults)
+        made_checks(config, config.checks, self._checks, faults)
         try:
             self._users = Users(config.accounts(), config.authentication)
         except ValueError as error:
@@ -479,7 +351,7 @@ class Gateway:
             telemetry.event("ready", **({"config": self.config_path} if self.config_path else {}))
 
     def _make_spool(self, folder: Path) -> SqliteSpool:
-        return SqliteSpool(folder, observer=self.telemetry, minimum_free=_least_room(self.config, folder), on_fatal=self._fatal)
+        return SqliteSpool(folder, observer=self.telemetry, minimum_free=least_room(self.config, folder), on_fatal=self._fatal)
 
     def _make_queue(self, spool: SqliteSpool) -> tuple[Queue, dict[str, LaneSettings]]:
         config = self.config
@@ -603,7 +475,7 @@ class Gateway:
                 raise ConfigError([f"the gateway is {'about to end' if self._state == 'ready' else self._state}"])
             if faults := unchangeable(old, config):
                 raise ConfigError(faults)
-            ready.stamps = _stamps(config)
+            ready.stamps = stamps(config)
             ready.contexts = contexts(config)
             ready.accounts = config.accounts()
             ready.users = self._users
@@ -614,8 +486,8 @@ class Gateway:
                     ready.made_users = True
                 except ValueError as error:
                     faults.append(f"authentication: {error}")
-            await _opened_sinks(config, changed(old, config, "sinks"), ready.made_sinks, faults)
-            _made_checks(config, changed(old, config, "checks"), ready.made_checks, faults)
+            await opened_sinks(config, changed(old, config, "sinks"), ready.made_sinks, faults)
+            made_checks(config, changed(old, config, "checks"), ready.made_checks, faults)
             if faults:
                 raise ConfigError(faults)
             ready.sinks = {name: ready.made_sinks.get(name) or self._sinks[name] for name in config.sinks}
@@ -740,10 +612,10 @@ class Gateway:
         """Files of certificates that were replaced are taken at once, without being asked. Where they
         do not fit together (one of two was written so far) the old ones stay, until more changes."""
         self._certificate_watcher = asyncio.get_running_loop().call_later(WATCH_CERTIFICATES, self._watch_certificates)
-        stamps = _stamps(self.config)
-        if stamps == self._stamps:
+        found = stamps(self.config)
+        if found == self._stamps:
             return
-        self._stamps = stamps
+        self._stamps = found
         try:
             secured = contexts(self.config)
         except ConfigError as error:
@@ -1073,37 +945,6 @@ def _inherited() -> Inheritance | None:
         raise ConfigError(error.faults) from None
 
 
-async def _opened_sinks(config: Config, names: Iterable[str], sinks: dict[str, Sink], faults: list[str]) -> None:
-    """Make and open these; what could not be is a fault, what was made is in ``sinks`` all the same."""
-    for name in names:
-        try:
-            sinks[name] = make_sink(name, config.sinks[name], config.hostname)
-            await sinks[name].open()
-        except (LookupError, ValueError, OSError) as error:
-            faults.append(f"sinks.{name}: {error}")
-
-
-def _made_checks(config: Config, names: Iterable[str], checks: dict[str, Check], faults: list[str]) -> None:
-    """The same with checks."""
-    for name in names:
-        try:
-            checks[name] = make_check(name, config.checks[name])
-        except (LookupError, ValueError, OSError) as error:
-            faults.append(f"checks.{name}: {error}")
-
-
-def lane_settings(config: Config) -> dict[str, LaneSettings]:
-    """How the queue goes about each sink."""
-    return {
-        name: LaneSettings(sink.concurrency, sink.on_failure, sink.relays, sink.rate / config.worker_count, sink.carries_requiretls)
-        for name, sink in config.sinks.items()
-    }
-
-
-def _stamps(config: Config) -> list[tuple[object, ...]]:
-    return [() if identity is None else identity.stamp() for identity in identities(config)]
-
-
 def _site() -> type[Site]:
     from .admin.http import Site
 
@@ -1111,17 +952,6 @@ def _site() -> type[Site]:
     import_module("prometheus_client.exposition")
 
     return Site
-
-
-def _least_room(config: Config, folder: Path) -> float:
-    """What must stay free on the disk: ``minimum_free``, and never less than one and a half of
-    the largest message (reference A1). A share below 1, or octets."""
-    # The spool makes its folder when it opens.
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-    reserve, message = config.spool.minimum_free, ROOM_FOR_A_MESSAGE * config.limits.message_size
-    if reserve.needed(disk.f_blocks * disk.f_frsize) < message:
-        return message
-    return reserve.share or reserve.octets
 
 
 def _claim_descriptors(wanted: int) -> None:

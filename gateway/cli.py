@@ -344,7 +344,7 @@ def _expiring(config: Config) -> list[str]:
 
     if all(listener.tls == "off" for listener in config.listeners):
         return []
-    from .app import contexts
+    from .build import contexts
     from .net.tls import ends_at
 
     contexts(config)
@@ -707,7 +707,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _rules(config: Config, listener: ListenerConfig, routes: Routes) -> Rules:
-    from .app import rules
+    from .build import rules
     from .users import mechanisms
 
     logins = config.authentication
@@ -736,7 +736,7 @@ def _explained(
     """What a session of this listener says to this mail, and why."""
     from dataclasses import replace
 
-    from .app import door
+    from .build import door
     from .contracts import Verdict
     from .message import TLS, Client
     from .smtp.server import Asked, MailStarted, ServerSession, TLSWanted
@@ -839,7 +839,7 @@ def _explained(
 
 def _door(listener: ListenerConfig, ip: str) -> dict[str, Any]:
     """How this client comes in."""
-    from .app import door
+    from .build import door
     from .listener import by_client
 
     here = door(listener)

@@ -33,7 +33,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .app import Gateway, Log, Place, bind_admin, bind_all, bind_some, named
+from .app import Gateway, Log, Place
+from .build import bind_admin, bind_all, bind_some, named
 from .config import Config, ConfigError
 from .net import handover, notify
 from .net.handover import Handover, HandoverError, Inheritance

@@ -31,6 +31,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "queue": (5, "time"),
     "intake": (6, "one message"),
     "shards": (7, "whole"),
+    "build": (7, "whole"),
     "reload": (7, "whole"),
     "app": (7, "whole"),
     "supervisor": (7, "whole"),

@@ -24,6 +24,7 @@ import trustme
 from gateway import Gateway, Message, Reply
 from gateway import app as module
 from gateway.admin.control import call
+from gateway.build import least_room
 from gateway.config import Config, ConfigError
 from gateway.net.sockets import bind
 from gateway.observe import Telemetry
@@ -432,7 +433,7 @@ def test_the_room_that_must_be(tmp_path: Path) -> None:
         ("50%", f"{total} B", 1.5 * total),
     ):
         config = file(tmp_path, spool={"path": str(tmp_path), "minimum_free": said}, limits={"message_size": size})
-        assert module._least_room(config, tmp_path) == wanted
+        assert least_room(config, tmp_path) == wanted
 
 
 @on_both_loops

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.app import rules
+from gateway.build import rules
 from gateway.config import Config, ConfigError
 from gateway.message import Client
 from gateway.smtp.extensions import Extensions

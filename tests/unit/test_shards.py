@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import smtplib
-import sqlite3
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from gateway import shards as module
-from gateway.app import Gateway, Place, bind_all
+from gateway.app import Gateway, Place
+from gateway.build import bind_all
 from gateway.shards import on_disk
 from gateway.spool.sqlite import InUseError, SqliteSpool
 
