@@ -67,9 +67,10 @@ class Handover:
             try:
                 # Not by the event loop: that one would take the process down with itself.
                 self._process = self._started(theirs)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 ours.close()
-                raise HandoverError([f"{self._command[0]} cannot be started: {error.strerror or error}"]) from None
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise HandoverError([f"{self._command[0]} cannot be started: {reason}"]) from None
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         try:
             async with asyncio.timeout(PATIENCE):

@@ -123,3 +123,12 @@ def test_who_cannot_start_leaves_the_files(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == ["smtp"]
     unix.close()
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_socket_that_is_closed_is_a_fault_like_any_other() -> None:
+    closed = socket.socket()
+    closed.close()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(HandoverError):
+        await Handover([("127.0.0.1:25", closed)], [sys.executable, "-c", ""]).make()
+    assert len(os.listdir("/proc/self/fd")) == before
