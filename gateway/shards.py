@@ -36,8 +36,11 @@ LOOK = 0.5
 AGAIN = 60
 #: Shards of ours that others may have before we give up.
 MOST = 1000
-#: Adopted shards together get one in so many of a sink's places, each at least one; and of its rate.
+#: Adopted shards that have mail due for a sink together get one in so many of its places, each at
+#: least one; and of its rate.
 SHARE = 4
+#: One that has none keeps a place, and one in so many of the rate, for what a person replays there.
+TOKEN = 100
 
 Counts = dict[tuple[str, str], tuple[int, float]]
 
@@ -48,13 +51,15 @@ def _nobody() -> bool:
 
 class Shard:
     """One spool with its queue. ``lanes``: the queue's settings, which may be changed at any time.
-    ``entered``: somebody may still put mail in."""
+    ``wants``: sinks for which mail is queued there, as last seen. ``entered``: somebody may still put
+    mail in."""
 
     def __init__(self, number: int, spool: SqliteSpool) -> None:
         self.number = number
         self.spool = spool
         self.queue: Queue | None = None
         self.lanes: dict[str, LaneSettings] = {}
+        self.wants: set[str] = set()
         self.control: Control | None = None
         self.entered: Callable[[], bool] = _nobody
 
@@ -153,6 +158,7 @@ class Shards:
                     await self._adopt(number)
                 for shard in list(self.adopted.values()):
                     await self._let_go(shard)
+                await self._weigh()
             except Exception as error:
                 self._observer.event("bug", message=f"looking for shards: {error!r}", traceback=traceback.format_exc())
             with suppress(TimeoutError):
@@ -188,6 +194,7 @@ class Shards:
             self._move(shard)
         else:
             self._observer.event("adopted", shard=number, deliveries=sum(rows for rows, _ in (await shard.spool.counts()).values()))
+        await self._weigh()
         self.deal()
 
     async def _opened(self, number: int) -> Shard:
@@ -229,19 +236,33 @@ class Shards:
         await shard.spool.remove()
         self.adopted.pop(shard.number, None)
 
+    async def _weigh(self) -> None:
+        """What each adopted shard still wants to carry; deal anew where that changed."""
+        changed = False
+        for shard in list(self.adopted.values()):
+            with suppress(SpoolError):
+                wants = {sink for sink, state in await shard.spool.counts() if state == "queued"}
+                changed = changed or wants != shard.wants
+                shard.wants = wants
+        if changed:
+            self.deal()
+
     def deal(self) -> None:
         """Each shard's part of the places, and of the rate, that a sink has."""
-        others = len(self.adopted)
         for name, whole in self._whole().items():
-            part = max(1, whole.concurrency // (SHARE * others)) if others else 0
-            rate = whole.rate / (SHARE * others) if others else 0.0
-            for shard in self:
-                if (lane := shard.lanes.get(name)) is None:
+            claims = sum(name in shard.wants for shard in self.adopted.values())
+            place, rate = whole.concurrency, whole.rate
+            for shard in self.adopted.values():
+                lane = shard.lanes.get(name)
+                if lane is None:
                     continue
-                if shard is self.main:
-                    lane.concurrency, lane.rate = max(1, whole.concurrency - part * others), whole.rate - rate * others
+                if name in shard.wants:
+                    lane.concurrency, lane.rate = max(1, whole.concurrency // (SHARE * claims)), whole.rate / (SHARE * claims)
                 else:
-                    lane.concurrency, lane.rate = part, rate
+                    lane.concurrency, lane.rate = 1, whole.rate / TOKEN
+                place, rate = place - lane.concurrency, rate - lane.rate
+            if self.main is not None and (lane := self.main.lanes.get(name)) is not None:
+                lane.concurrency, lane.rate = max(1, place), max(rate, whole.rate / TOKEN)
 
     # -------------------------------------------------------------- what it tells
 
