@@ -309,6 +309,8 @@ class Queue:
                 lane.next_probe = 0.0
                 lane.probe_delay = PROBE_FIRST
             lane.sink, lane.settings = sink, lanes[name]
+            # What the old rate would have had it wait for may be hours.
+            lane.slot = min(lane.slot, self._loop.time() + (1.0 / lane.settings.rate if lane.settings.rate else 0.0))
             lane.gone = False
             lane.earliest = 0.0
             lane.dormant = False
@@ -609,10 +611,13 @@ class Queue:
         """A try of a stored row ended: mark what became of it."""
         lane = self._tried_by(pending)
         splits, follow = self.judge(message, pending, outcomes, self.clock())
-        self._spool.mark(Mark(pending, splits, follow, partial(self._marked, lane, pending, follow)))
+        self._spool.mark(Mark(pending, splits, follow, partial(self._marked, lane, pending, follow, self._loop.time())))
 
-    def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row]) -> None:
+    def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row], ended: float) -> None:
+        """``ended``: loop time of what is marked now."""
         if lane is not None:
+            if pending.down and not lane.down and ended <= lane.up_since:
+                lane.wake_owed = True  # the sink came back meanwhile, and the spool woke what it knew of
             lane.busy.discard(pending.key)
             if lane.looking:
                 lane.marked.add(pending.key)
@@ -898,7 +903,7 @@ class Queue:
         pending.expires_at = message.expires_at
         follow = self._delayed(message, [(index, outcome) for index in pending.recipients], now)
         lane = self._tried_by(pending)
-        self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow)))
+        self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow, self._loop.time())))
 
     def _sweep(self) -> None:
         """Lanes that do not try still give up in time."""

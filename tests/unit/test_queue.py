@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from gateway.contracts import Delivery, Outcome, Pending, SpoolError
-from gateway.queue import CATCH_UP, EXPIRED, PROBE_LAST
+from gateway.queue import CATCH_UP, EXPIRED, PROBE_LAST, LaneSettings
 from gateway.reply import Reply
 from gateway.route import Route
 
 from ..loops import until
-from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe
+from .stage import DOWN, HELD, LATER, NEVER, OK, Stage, StagedSink, breathe
 
 
 async def stored(stage: Stage, *recipients: str, **more: Any) -> None:
@@ -458,6 +458,20 @@ async def test_a_slow_rate_is_kept_while_the_sink_is_down() -> None:
             await breathe(20)
         assert sink.keeps(0.01)
         assert len(sink.begun) == 1
+
+
+async def test_a_rate_that_is_changed_holds_from_then_on() -> None:
+    sink = Timed("app", OK)
+    async with Stage(sink, rate=0.001) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        stage.send()
+        await breathe(20)
+        assert len(sink.begun) == 1
+        lanes = {"app": LaneSettings(2, "dead_letter", rate=0.0)}
+        stage.queue.go_by(dict(stage.sinks), lanes, retry=(60.0,), expire=3600.0, hold=HELD, bounces=None, hostname="mx.example.net")
+        await breathe(20)
+        assert len(sink.begun) == 2, "it does not wait for a quarter of an hour that nobody wants any more"
 
 
 async def test_priority_goes_first() -> None:

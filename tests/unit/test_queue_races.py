@@ -11,7 +11,7 @@ import uvloop
 from gateway.contracts import Pending
 from gateway.route import Route
 
-from .stage import LATER, NEVER, OK, Stage, StagedSink, breathe, patience
+from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 
 async def test_a_row_that_was_marked_while_the_spool_looked_is_not_tried_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +100,37 @@ async def test_content_that_cannot_be_read_any_more_still_bounces() -> None:
         assert stage.spool.rows == {}
         (report,) = bounces.seen
         assert b"Final-Recipient: rfc822;" in report.message.content
+
+
+async def test_a_row_whose_mark_comes_after_its_sink_does_is_woken_by_the_next_success() -> None:
+    app = StagedSink("app")
+    async with Stage(app, concurrency=3, retry=(3600.0,)) as stage:
+        for _ in range(3):
+            stage.send()
+        await patience()
+        stage.spool.commit()
+        app.settle(DOWN)
+        app.settle(OK)
+        await breathe(20)
+        stage.spool.sync_marks()  # all that waited for the sink was woken before this
+        await breathe(20)
+        app.settle(OK)
+        await breathe(20)
+        assert len(app.out) == 1, "the sink is up: it need not wait for its hour"
+
+
+async def test_a_message_that_a_healthy_sink_chokes_on_is_not_woken_by_each_success() -> None:
+    app = StagedSink("app")
+    async with Stage(app, concurrency=3, retry=(3600.0,)) as stage:
+        for _ in range(3):
+            stage.send()
+        await patience()
+        stage.spool.commit()
+        choked = app.out.pop(0)
+        app.settle(OK)
+        choked.settle_all(DOWN)
+        await breathe(20)
+        stage.spool.sync_marks()
+        app.settle(OK)
+        await breathe(20)
+        assert not app.out

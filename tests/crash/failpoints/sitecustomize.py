@@ -104,9 +104,9 @@ def _watch_flights() -> None:
         _flying.add((message.id, pending.sink))
         start(self, lane, message, pending, ticket)
 
-    def done(self: Any, lane: Any, pending: Any, follow: Any) -> None:
+    def done(self: Any, lane: Any, pending: Any, follow: Any, ended: float) -> None:
         _flying.discard((pending.message_id, pending.sink))
-        marked(self, lane, pending, follow)
+        marked(self, lane, pending, follow, ended)
 
     def accepted(self: Any, stored: bool) -> None:
         if not stored:
