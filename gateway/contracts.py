@@ -413,6 +413,10 @@ class Spool(Protocol):
         few, so that none starves. ``down``: after them those that wait for the sink, whenever
         they are due."""
 
+    async def overdue(self, now: float, after: int) -> tuple[list[Pending], int]:
+        """Queued rows of all sinks whose ``expires_at`` is over, among the next few thousand rows behind the key
+        ``after`` (0: from the first on), due or not; and the key to go on after, 0 at the end."""
+
     async def next_due(self, sink: str, after: float) -> float | None:
         """When the earliest queued row of one sink that is due later than ``after`` is due."""
 

@@ -48,7 +48,7 @@ CATCH_UP = 0.05
 WINDOW = 64
 #: Seconds until the spool is asked again after it could not be read.
 READ_AGAIN = 1.0
-#: How often rows of lanes that do not try are looked at for expiry (seconds).
+#: How often rows that do not come to their turn are looked at for expiry (seconds).
 EXPIRY_SWEEP = 60.0
 
 #: Counts the time in which the machine sleeps, too, where the system has such a clock.
@@ -226,6 +226,7 @@ class Queue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._sweeping = False
 
     # ---------------------------------------------------------------- life
 
@@ -906,34 +907,74 @@ class Queue:
         self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow, self._loop.time())))
 
     def _sweep(self) -> None:
-        """Lanes that do not try still give up in time."""
+        """What does not come to its turn is given up in time all the same, or its sender told."""
         self._sweeper = self._loop.call_later(EXPIRY_SWEEP, self._sweep)
-        for lane in self._lanes.values():
-            if lane.down or lane.paused:
-                self._spawn(self._expire_waiting(lane))
-
-    async def _expire_waiting(self, lane: Lane) -> None:
         now = self.clock()
+        stuck = any(lane.down or lane.paused or lane.ready or lane.earliest <= now for lane in self._lanes.values())
+        if stuck and not self._sweeping:
+            self._sweeping = True
+            self._spawn(self._expire_waiting())
+
+    async def _expire_waiting(self) -> None:
+        now = self.clock()
+        lanes = list(self._lanes.values())
         try:
-            waiting, _more = await self._look(lane, now, 1000)
-            for pending in waiting:
-                if pending.expires_at > now or pending.key in lane.busy:
-                    continue
-                lane.busy.add(pending.key)
-                message = None
-                try:
-                    message = await self._spool.load(pending)
-                finally:
-                    if message is None:
-                        lane.busy.discard(pending.key)
-                if message is None:
-                    continue
-                if extensions.untold(message, pending.expires_at) and now < message.expires_at:
-                    self._report_delay(message, pending, now)
-                else:
-                    self._expire(message, pending)
+            # In hand, and maybe nowhere near their turn.
+            claims = [(lane, [pending for pending in lane.ready if pending.expires_at <= now]) for lane in lanes]
+            for lane, late in claims:
+                if late:
+                    lane.ready = deque(pending for pending in lane.ready if pending.expires_at > now)
+            await self._end_waiting(claims, now)
+            after, more = 0, True
+            while more:
+                found, after = await self._look_overdue(now, after)
+                more = after > 0
+                claims = [(lane, [row for row in found if row.sink == lane.sink.name and row.key not in lane.busy]) for lane in lanes]
+                for lane, late in claims:
+                    lane.busy.update(pending.key for pending in late)
+                await self._end_waiting(claims, now)
         except SpoolError:
             pass  # the next sweep looks again
+        finally:
+            self._sweeping = False
+
+    async def _look_overdue(self, now: float, after: int) -> tuple[list[Pending], int]:
+        """As ``_look``, for all lanes."""
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.looking += 1
+        try:
+            found, after = await self._spool.overdue(now, after)
+            marked = {key for lane in lanes for key in lane.marked}
+            return [pending for pending in found if pending.key not in marked], after
+        finally:
+            for lane in lanes:
+                lane.looking -= 1
+                if not lane.looking:
+                    lane.marked.clear()
+
+    async def _end_waiting(self, claims: Sequence[tuple[Lane, list[Pending]]], now: float) -> None:
+        """Rows that are in ``busy`` for this, and whose time was over before their turn came."""
+        for lane, late in claims:
+            for pending in late:
+                message = None
+                with contextlib.suppress(SpoolError):
+                    message = await self._spool.load(pending)
+                if message is None or lane.gone:
+                    self._put_back(lane, pending)
+                elif extensions.untold(message, pending.expires_at) and now < message.expires_at:
+                    self._report_delay(message, pending, now)
+                elif lane.down or lane.paused or pending.attempts > 0 or extensions.returned(message, now):
+                    self._expire(message, pending)
+                else:
+                    # Nobody set it a time, and its sink is up: it will have its one try.
+                    self._put_back(lane, pending)
+            if late:
+                self._pump(lane)
+
+    def _put_back(self, lane: Lane, pending: Pending) -> None:
+        lane.busy.discard(pending.key)
+        self._expect(lane, pending.due, pending.down)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

@@ -266,6 +266,12 @@ class SqliteSpool:
             self._observer.event("damaged", row=key, sink=sink, reason=why)
         return found
 
+    async def overdue(self, now: float, after: int) -> tuple[list[Pending], int]:
+        found, damaged, end = await self._call(self._engine.overdue, now, after)
+        for key, why in damaged:
+            self._observer.event("damaged", row=key, reason=why)
+        return found, end
+
     async def next_due(self, sink: str, after: float) -> float | None:
         return await self._call(self._engine.next_due, sink, after)
 

@@ -171,6 +171,9 @@ class StagedSpool:
             found += [pending for pending in rows if pending.due > before and pending.down]
         return [replace(pending) for pending in found[:limit]]
 
+    async def overdue(self, now: float, after: int) -> tuple[list[Pending], int]:
+        return [replace(row) for _message, row in self.rows.values() if row.state == "queued" and row.expires_at <= now], 0
+
     async def next_due(self, sink: str, after: float) -> float | None:
         return min((pending.due for pending in self.queued(sink) if pending.due > after), default=None)
 

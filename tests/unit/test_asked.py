@@ -13,6 +13,7 @@ from gateway.queue import EXPIRY_SWEEP, LONGEST_SLEEP, WINDOW
 from gateway.reply import Reply
 from gateway.route import Route
 
+from ..loops import until
 from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 APP = Route(("*",), ("app",))
@@ -308,6 +309,51 @@ async def test_mode_r_is_returned_from_a_sink_that_is_down() -> None:
         assert stage.spool.rows == {}
         [report] = out.seen
         assert "Status: 5.4.7" in fields(report.message.content)
+
+
+@pytest.mark.parametrize("mode", ["R", "N"])
+async def test_who_set_a_time_is_told_behind_a_long_queue(mode: str) -> None:
+    """The sink is up, and slow; what was read ahead is not at its turn either."""
+    app, out = StagedSink("app"), StagedSink("out", OK)
+    async with Stage(app, out, bounces="out", concurrency=1, expire=100_000.0) as stage:
+        stage.spool.by_itself = True
+        for _ in range(3 * WINDOW):
+            ask(stage)
+        ask(stage, BY="100;" + mode)
+        await breathe(20)
+        app.settle(OK)
+        await breathe(20)
+        ask(stage, BY="101;" + mode, MT_PRIORITY="5", priority=5)
+        await breathe(20)
+        assert stage.queue._lanes["app"].ready, "some are read ahead"
+        stage.clock.added = 101.0 + EXPIRY_SWEEP
+        for _ in range(2):
+            stage.queue._sweep()
+            await breathe(60)
+        said = sorted(line for seen in out.seen for line in fields(seen.message.content) if line.startswith("Action: "))
+        assert said == ["Action: failed" if mode == "R" else "Action: delayed"] * 2
+        assert len(stage.spool.rows) == 3 * WINDOW - 1 + (0 if mode == "R" else 2)
+        # And nothing that waits was lost on the way.
+        app.at_once = OK
+        app.settle(OK)
+        await until(lambda: not stage.spool.rows)
+        assert len({delivery.id for delivery in app.seen}) == len(app.seen) == 3 * WINDOW + (0 if mode == "R" else 2)
+
+
+async def test_mode_r_is_returned_from_a_sink_that_is_down_with_a_long_queue() -> None:
+    app, out = StagedSink("app", DOWN), StagedSink("out", OK)
+    async with Stage(app, out, bounces="out", retry=(3600.0,), expire=100_000.0) as stage:
+        stage.spool.by_itself = True
+        for _ in range(1200):
+            ask(stage)
+        ask(stage, BY="100;R")
+        await breathe(20)
+        stage.clock.added = 100.0 + EXPIRY_SWEEP
+        stage.queue._sweep()
+        await breathe(60)
+        [report] = out.seen
+        assert "Status: 5.4.7" in fields(report.message.content)
+        assert len(stage.spool.rows) == 1200
 
 
 @pytest.mark.parametrize(("notify", "told"), [("", True), ("DELAY", True), ("FAILURE,DELAY", True), ("FAILURE", False), ("NEVER", False)])

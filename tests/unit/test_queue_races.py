@@ -48,18 +48,20 @@ async def test_expiry_does_not_judge_what_was_marked_while_the_spool_looked(monk
         await patience()
         stage.spool.commit()
         sink.settle(OK, LATER)
-        look = stage.spool.due
+        look = stage.spool.overdue
 
-        async def crossed(sink: str, before: float, limit: int, down: bool = False) -> list[Pending]:
-            found = await look(sink, before, limit)
+        async def crossed(now: float, after: int) -> tuple[list[Pending], int]:
+            found = await look(now, after)
             stage.spool.sync_marks()
             return found
 
-        monkeypatch.setattr(stage.spool, "due", crossed)
+        monkeypatch.setattr(stage.spool, "overdue", crossed)
         stage.clock.added = 200.0
-        lane = stage.queue._lanes["app"]
-        await stage.queue._expire_waiting(lane)
+        stage.queue._lanes["app"].paused = True
+        await stage.queue._expire_waiting()
         await breathe(20)
+        monkeypatch.setattr(stage.spool, "overdue", look)
+        await stage.queue._expire_waiting()
         # One of the two was carried: only the other is given up, and once.
         assert [fields["recipients"] for name, fields in stage.told.events if name == "dead"] == [1]
 

@@ -923,6 +923,9 @@ async def test_what_is_due_is_never_walked(tmp_path: Path) -> None:
         assert database.next_due("app", 1e9 + 10) == 1e9 + 11
         assert database.counts() == {("app", "queued"): (1_000_000, 0.0)}
         assert steps == 0
+        # What is overdue no index knows: a slice is walked, and no more.
+        assert database.overdue(1.0, 0) == ([], [], engine.SLICE << SHIFT)
+        assert steps < 100
         assert database.wake("app", 5.0) == engine.BATCH
     finally:
         database.abandon()
@@ -944,3 +947,21 @@ async def test_no_statement_of_the_loop_walks_a_table(tmp_path: Path) -> None:
             assert not walked, (sql, plan)
     finally:
         database.abandon()
+
+
+async def test_what_is_overdue_is_found_in_slices_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SLICE", 3)
+    async with opened(tmp_path) as spool:
+        assert await spool.overdue(1e9, 0) == ([], 0)
+        for number in range(4):
+            for sink, state, expires in [("app", "queued", 100.0), ("out", "queued", 300.0), ("app", "held", 1.0), ("app", "dead", 1.0)]:
+                await keep(spool, message(id=f"{number}-{sink}-{state}"), sink, due=900.0, expires_at=expires, state=state)
+        found: list[Pending] = []
+        looks, after = 0, 0
+        while not looks or after:
+            rows, after = await spool.overdue(200.0, after)
+            found += rows
+            looks += 1
+        assert [row.message_id for row in found] == [f"{number}-app-queued" for number in range(4)], "due or not"
+        assert looks == 7
+        assert (await spool.overdue(300.0, 0))[0][1].sink == "out"
