@@ -56,10 +56,11 @@ class Delivery:
     """One try to carry one message to one sink for some of its recipients.
 
     ``id`` is stable over tries for the same set of recipients (``webhook-id``); ``attempt``
-    counts from 1. The sink calls ``settle`` exactly once, on the loop, with one Outcome per
+    counts from 1; ``age``: seconds from when the message was received until this try began, whatever
+    clocks were set meanwhile. The sink calls ``settle`` exactly once, on the loop, with one Outcome per
     recipient in the order of ``recipients``; it may do so before ``start`` returns."""
 
-    __slots__ = ("_settled", "attempt", "id", "message", "recipients", "sink")
+    __slots__ = ("_settled", "age", "attempt", "id", "message", "recipients", "sink")
 
     def __init__(
         self,
@@ -69,12 +70,14 @@ class Delivery:
         sink: str,
         attempt: int,
         settled: Callable[[Delivery, Sequence[Outcome]], None],
+        age: float = 0.0,
     ) -> None:
         self.id = id
         self.message = message
         self.recipients = recipients
         self.sink = sink
         self.attempt = attempt
+        self.age = age
         self._settled: Callable[[Delivery, Sequence[Outcome]], None] | None = settled
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:

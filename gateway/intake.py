@@ -169,7 +169,8 @@ class MailIntake:
             draft.refuse(answer, LOOP)
             return
         envelope = transaction.envelope
-        release = (extensions.release_of(envelope.mail_params, now) or 0.0) if envelope.held else 0.0
+        # HOLDUNTIL is a time on the wall's.
+        release = (extensions.release_of(envelope.mail_params, wall) or 0.0) - wall + now if envelope.held else 0.0
         message = Message(
             id=draft.id or new_id(wall),
             envelope=envelope,

@@ -581,6 +581,7 @@ class Queue:
             pending.sink,
             pending.attempts + 1,
             partial(self._settled, lane, pending, ticket, self._loop.time()),
+            self.clock() - message.received_at,
         )
         self._observer.event("attempted", id=message.id, delivery=delivery.id, sink=pending.sink, attempt=delivery.attempt)
         lane.sink.start(delivery)

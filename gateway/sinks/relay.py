@@ -105,10 +105,11 @@ class Host:
 class Job:
     """One delivery on its way: what is still to be tried, and where it was tried."""
 
-    __slots__ = ("deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried", "unfit", "unheard")
+    __slots__ = ("began", "deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried", "unfit", "unheard")
 
     def __init__(self, delivery: Delivery, deadline: float) -> None:
         self.delivery = delivery
+        self.began = time.monotonic()
         self.deadline = deadline
         self.outcomes: list[Outcome | None] = [None] * len(delivery.recipients)
         self.todo: Sequence[int] = range(len(delivery.recipients))
@@ -132,7 +133,7 @@ class Job:
             eight_bit=stored.eight_bit or not message.trace.isascii(),
             octets=message.trace + stored.read() if stored.path is None else None,
             by=None if timed is None else timed[1],
-            elapsed=lambda: time.time() - message.received_at,
+            elapsed=lambda: self.delivery.age + time.monotonic() - self.began,
             priority=extensions.traced_priority(message.envelope, message.priority),
         )
 

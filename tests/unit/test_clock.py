@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from email import message_from_bytes
 from email.utils import parsedate_to_datetime
 
@@ -123,6 +123,43 @@ async def test_new_mail_goes_out_at_once(step: float) -> None:
         await breathe()
         assert stage.codes == [250]
         assert len(sink.seen) == 1
+
+
+@pytest.mark.parametrize("asked", ["HOLDFOR", "HOLDUNTIL"])
+async def test_a_hold_that_is_asked_for_after_the_step_goes_by_the_wall(step: float, asked: str) -> None:
+    lapse = Lapse()
+    sink = StagedSink("app", OK)
+    async with Stage(sink, steady=lapse.steady) as stage:
+        stage.spool.by_itself = True
+        stage.clock.added += step
+        transaction = stage.transaction()
+        until = datetime.fromtimestamp(stage.clock() + 600.0, UTC)
+        transaction.envelope.mail_params = {asked: "600" if asked == "HOLDFOR" else f"{until:%Y-%m-%dT%H:%M:%SZ}"}
+        draft = stage.draft(transaction)
+        draft.write(b"Subject: x\r\n\r\nhello\r\n")
+        draft.finish(stage.answers.append)
+        await breathe(20)
+        assert stage.codes == [250]
+        let_pass(stage, lapse, 590.0)
+        await breathe(20)
+        assert sink.seen == []
+        let_pass(stage, lapse, 20.0)
+        await breathe(20)
+        assert len(sink.seen) == 1
+
+
+async def test_the_age_of_what_is_tried_goes_by_the_time_that_went_by(step: float) -> None:
+    """What is left of BY is reckoned from it (RFC 2852)."""
+    lapse = Lapse()
+    sink = StagedSink("app", LATER)
+    async with Stage(sink, retry=(60.0,), steady=lapse.steady) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        await breathe(20)
+        stage.clock.added += step
+        let_pass(stage, lapse, 70.0)
+        await breathe(20)
+        assert [round(delivery.age, -1) for delivery in sink.seen] == [0.0, 70.0]
 
 
 async def test_dates_follow_the_wall(step: float) -> None:

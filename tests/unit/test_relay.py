@@ -265,6 +265,21 @@ async def test_more_recipients_than_one_transaction_takes(limit: str) -> None:
     assert taken == [f"RCPT TO:<{address}>" for address in people]
 
 
+@on_uvloop
+async def test_the_time_that_is_left_is_reckoned_from_the_age_of_the_delivery() -> None:
+    """Not from a wall clock, which somebody may have set since the mail was received."""
+    with Upstream(offers=["PIPELINING", "DELIVERBY"]) as server:
+        async with to(server.address) as sink:
+            sent = message(BY="600;R")
+            done = asyncio.get_running_loop().create_future()
+            sink.start(
+                Delivery("1", sent, sent.envelope.recipients, "out", 1, lambda _delivery, outcomes: done.set_result(outcomes), age=70.5)
+            )
+            [outcome] = await done
+            assert outcome.state == "delivered"
+            assert "BY=530;R" in server.wait(1)[0].mail
+
+
 @on_both_loops
 async def test_an_upstream_may_limit_mails_on_a_connection() -> None:
     with Upstream(offers=["PIPELINING", "CHUNKING", "LIMITS MAILMAX=2"]) as server:
