@@ -6,6 +6,10 @@ An idle client says EHLO and is silent from then on. A dripping one sends one oc
 seconds: of a command that has no end, or of content after DATA. Each is one socket of this
 process; a few threads bring them to their place, one loop over epoll does the rest.
 
+With ``--decoy`` nobody is bothered: the drips go to sockets of this very process that nobody reads. It
+does then what it does otherwise, so that a run beside it differs from one in the crowd by the server's
+part alone: generator and crowd share a core, and a generator that is slowed down makes each message dearer.
+
 Talks to whoever started it, a JSON object a line: first ``{"idle": …}`` when the idle are there; on
 a line from its standard input the others come, ``{"drips": …}``; they drip until they were all
 closed, or until the standard input ends. Then it says how they ended, and ends itself: ``late`` is
@@ -20,6 +24,7 @@ import select
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -71,11 +76,30 @@ def _expect(sock: socket.socket, code: bytes) -> None:
         raise ConnectionError(f"wanted {code!r}, heard {octets!r}")
 
 
+def _decoy() -> int:
+    """The port of a listener whose connections are never read."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    kept: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            kept.append(listener.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _placed(port: int, kind: Kind) -> Client:
+    return Client(kind, socket.create_connection(("127.0.0.1", port), timeout=60), time.monotonic())
+
+
 class Crowd:
     """All clients of this process. ``deadlines``: seconds by kind of drip."""
 
-    def __init__(self, port: int, every: float, context: ssl.SSLContext | None, deadlines: dict[Kind, float]) -> None:
-        self._port = port
+    def __init__(self, port: int | None, every: float, context: ssl.SSLContext | None, deadlines: dict[Kind, float]) -> None:
+        """``port`` None: a decoy."""
+        self._decoy = port is None
+        self._port = _decoy() if port is None else port
         self._every = every
         self._context = context
         self._deadlines = deadlines
@@ -90,7 +114,12 @@ class Crowd:
         """Connects these; returns when all of them are at their place. Raises OSError."""
         first = len(self._clients)
         with ThreadPoolExecutor(THREADS) as threads:
-            made = threads.map(lambda item: _connected(self._port, item[1], first + item[0], self._context), enumerate(kinds))
+            made = threads.map(
+                lambda item: (
+                    _placed(self._port, item[1]) if self._decoy else _connected(self._port, item[1], first + item[0], self._context)
+                ),
+                enumerate(kinds),
+            )
             for client in made:
                 client.sock.setblocking(False)
                 self._clients[client.sock.fileno()] = client
@@ -170,6 +199,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=3.0, help="seconds between two octets of a drip")
     parser.add_argument("--command-deadline", type=float, default=300.0)
     parser.add_argument("--content-deadline", type=float, default=30.0)
+    parser.add_argument("--decoy", action="store_true", help="the port is not asked for anything: the drips go nowhere")
     parser.add_argument("--tls", action="store_true", help="TLS from the first octet on")
     options = parser.parse_args()
     context = None
@@ -177,7 +207,8 @@ def main() -> None:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    crowd = Crowd(options.port, options.every, context, {"command": options.command_deadline, "content": options.content_deadline})
+    port = None if options.decoy else options.port
+    crowd = Crowd(port, options.every, context, {"command": options.command_deadline, "content": options.content_deadline})
     started = time.monotonic()
     crowd.bring(["idle"] * options.idle)
     _tell(idle=options.idle, seconds=time.monotonic() - started)

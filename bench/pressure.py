@@ -8,7 +8,9 @@ connected (``bench.crowd``; half of the drips drip a command, half content; one 
 seconds). Each run has a gateway of its own, and which of the two comes first changes from pair
 to pair. In clear and with a crowd that speaks TLS; the mail comes in clear both times.
 
-The gateway has core 0, everybody else core 1. CPU is user and system time of the gateway;
+The gateway has core 0, everybody else core 1. Beside the gateway that is alone the drips go to a
+decoy, so that core 1 has the same to do both times: a generator that has to wait for its core sends
+more slowly, and a gateway that sleeps between two messages spends more on each. CPU is user and system time of the gateway;
 memory is its Pss after the crowd came, less that before. After the last pair the drips are
 waited for: each is to hear 421, at its deadline.
 
@@ -85,13 +87,13 @@ sink = "out"
 class CrowdProcess:
     """``bench.crowd``, step by step."""
 
-    def __init__(self, port: int, idle: int, drips: int, every: float, tls: bool) -> None:
+    def __init__(self, port: int, idle: int, drips: int, every: float, *words: str) -> None:
         command = [sys.executable, "-m", "bench.crowd", str(port), "--idle", str(idle)]
         command += ["--commands", str(drips // 2), "--contents", str(drips - drips // 2), "--every", str(every)]
         command += ["--command-deadline", str(COMMAND_DEADLINE), "--content-deadline", str(CONTENT_DEADLINE)]
         os.sched_setaffinity(0, {OTHER_CORE})  # inherited
         self.process = subprocess.Popen(
-            command + ["--tls"] * tls, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, text=True
+            [*command, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, text=True
         )
 
     def told(self) -> dict[str, Any]:
@@ -175,7 +177,11 @@ def served(options: argparse.Namespace, tls: bool) -> Iterator[tuple[Server, int
 
 
 def alone(options: argparse.Namespace, result: Result, tls: bool) -> None:
-    with served(options, tls) as (server, _):
+    with served(options, tls) as (server, port), CrowdProcess(port, 0, options.drips, options.every, "--decoy") as crowd:
+        crowd.told()
+        crowd.go_on()
+        crowd.told()
+        time.sleep(0.2)
         result.alone.append(bench.drive(server, SIZE, SESSIONS, options.messages).cost)
 
 
@@ -183,7 +189,7 @@ def crowded(options: argparse.Namespace, result: Result, tls: bool, last: bool) 
     with served(options, tls) as (server, port):
         pid = server.process.pid
         before = pss(pid)
-        with CrowdProcess(port, options.idle, options.drips, options.every, tls) as crowd:
+        with CrowdProcess(port, options.idle, options.drips, options.every, *["--tls"] * tls) as crowd:
             seconds = float(crowd.told()["seconds"])
             time.sleep(0.2)
             silent = pss(pid)
