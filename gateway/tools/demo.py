@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import signal
 import sys
@@ -195,13 +197,18 @@ class Served:
         return await self._process.wait()
 
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not by the process object: asyncio's polls before it sends, and then the exit code of one that
+        # has just ended is lost to whoever waits for it.
         if self._process.returncode is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     async def end(self) -> int:
         """SIGTERM, and time to drain; its exit code."""
-        if self._process.returncode is None:
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             code = await asyncio.wait_for(self._process.wait(), END)
         except TimeoutError:

@@ -171,6 +171,8 @@ def through(house: House, sink: str, tries: int = 1, content: bytes = CONTENT) -
     control = process.spool / "0" / "control.sock"
     for number in range(1, tries + 1):
         if number > 1:
+            # What comes without being asked for has to be there before the next request is: behind it, it is its answer.
+            time.sleep(0.25)
             began = time.monotonic()
             call(control, "change", ids=None, action="retry", sink=sink)
         event = process.event("deferred", count=number, timeout=TIMEOUT + MARGIN, id=id)
