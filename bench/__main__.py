@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SERVER_CORE, OTHER_CORE = 0, 1
@@ -135,7 +136,7 @@ def running(command: Sequence[str], core: int, log: Path) -> Iterator[subprocess
         process.wait()
 
 
-def listens(port: int, process: subprocess.Popen[bytes]) -> None:
+def listens(port: int, process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 20
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -88,7 +88,7 @@ class Receiver:
         os.sched_setaffinity(0, {OTHER_CORE})  # inherited
         command = [sys.executable, "-m", "bench.receiver", str(port), "--delay", str(delay)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, text=True)
-        bench.listens(port, self.process)  # type: ignore[arg-type]  # text or bytes: only asked whether it lives
+        bench.listens(port, self.process)
 
     def seen(self, line: str = "tell") -> dict[str, Any]:
         """What it saw so far; ``"new"``: and forget the ages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import sqlite3
 from pathlib import Path
@@ -15,6 +14,7 @@ from gateway.config import Config, ConfigError, PythonConfig
 from gateway.observe import Telemetry
 from gateway.spool.records import VERSION
 
+from ..loops import until
 from ..spools.frozen import FOLDER, MAILS, restore
 
 VERSIONS = sorted(int(path.stem.removeprefix("version-")) for path in FOLDER.glob("version-*.sql"))
@@ -52,9 +52,7 @@ async def test_what_an_older_version_promised_is_delivered(tmp_path: Path, versi
     async with gateway(tmp_path, carried) as app:
         # When it is due by the clock of the machine that made it is nothing to wait for.
         await retry(app, "queued")
-        async with asyncio.timeout(10):
-            while min(map(len, carried.values())) < len(due):  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.01)
+        await until(lambda: min(map(len, carried.values())) >= len(due))
         spool = app._spool
         assert spool is not None
         left = {(row.recipients[0].partition("@")[0], row.sink, row.state) for row in await spool.rows()}
@@ -62,9 +60,7 @@ async def test_what_an_older_version_promised_is_delivered(tmp_path: Path, versi
         # Held and dead are for a person, who still can.
         for state in ("held", "dead"):
             assert await retry(app, state) == 2
-        async with asyncio.timeout(10):
-            while min(map(len, carried.values())) < len(MAILS):  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.01)
+        await until(lambda: min(map(len, carried.values())) >= len(MAILS))
     for messages in carried.values():
         assert {message.envelope.recipients[0].local for message, _ in messages[: len(due)]} == due.keys()
         found = {message.envelope.recipients[0].local: (message, octets) for message, octets in messages}
