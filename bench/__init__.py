@@ -1,1 +1,1 @@
-"""Measurements, and the command that repeats them: ``python -m bench`` (``make bench``)."""
+"""Measurements; README.md has the command that repeats each."""

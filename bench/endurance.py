@@ -29,7 +29,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,9 +36,9 @@ from typing import Any
 
 from gateway.admin import control
 
-from . import __main__ as bench
-from .__main__ import OTHER_CORE, ROOT, free_port, program
+from . import stage
 from .spools import fill, forget
+from .stage import OTHER_CORE, ROOT, a_folder, free_port, program
 
 ACCEPTS_WITHIN = 2.0
 TRIES_WITHIN = 60.0
@@ -88,7 +87,7 @@ class Receiver:
         os.sched_setaffinity(0, {OTHER_CORE})  # inherited
         command = [sys.executable, "-m", "bench.receiver", str(port), "--delay", str(delay)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, text=True)
-        bench.listens(port, self.process)
+        stage.listens(port, self.process)
 
     def seen(self, line: str = "tell") -> dict[str, Any]:
         """What it saw so far; ``"new"``: and forget the ages."""
@@ -165,12 +164,6 @@ def _unix(told: str | float) -> float:
     return datetime.fromisoformat(told).timestamp() if isinstance(told, str) else told
 
 
-@contextlib.contextmanager
-def a_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="gateway-bench-", dir=os.environ.get("GATEWAY_BENCH_FOLDER")) as name:
-        yield Path(name)
-
-
 # ------------------------------------------------------------------- restart
 
 
@@ -199,7 +192,7 @@ def _restarted(options: argparse.Namespace, folder: Path, kind: str) -> list[str
         wall, started = time.time(), time.monotonic()
         (folder / "gateway.toml").write_text(text)
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(folder / "gateway.toml")]
-        process = stack.enter_context(bench.running(command, bench.SERVER_CORE, folder / "gateway.log"))
+        process = stack.enter_context(stage.running(command, stage.SERVER_CORE, folder / "gateway.log"))
 
         def takes() -> bool:
             if process.poll() is not None:
@@ -251,7 +244,7 @@ def outage(options: argparse.Namespace) -> list[str]:
     taken, slots, sizes = 0, 0, []
     with a_folder() as folder, _dead(options.dead) as out:
         text = CONFIG.format(port=port, folder=folder, out=out, healthy=free_port(), concurrency=64, rate="")
-        with bench.serving(text, folder) as (_, process):
+        with stage.serving(text, folder) as (_, process):
             os.sched_setaffinity(0, {OTHER_CORE})
             command = [program("smtp-source"), "-d", "-s", "50", "-m", str(options.rate), "-l", "1024"]
             command += ["-f", "a@client.example", "-t", "b@bench.example", f"inet:127.0.0.1:{port}"]
@@ -267,7 +260,7 @@ def outage(options: argparse.Namespace) -> list[str]:
                 if len(sizes) % 10 == 0:
                     print(f"{passed:.0f} s: {taken:,} messages, {sizes[-1]:.0f} MiB", file=sys.stderr)
             seconds = time.monotonic() - started
-            cpu = bench.cpu_of(process.pid)
+            cpu = stage.cpu_of(process.pid)
             highest = memory(process.pid)[1]
             rows = queued(folder, "out")
         disk = sum(path.stat().st_size for path in (folder / "spool").rglob("*") if path.is_file()) / 2**20
@@ -295,7 +288,7 @@ def herd(options: argparse.Namespace) -> list[str]:
         fill(folder / "spool", "out", options.messages, recipient="b@bench.example")
         rate = f'rate = "{options.rate}/s"' if options.rate else ""
         text = CONFIG.format(port=port, folder=folder, out=out, healthy=free_port(), concurrency=CONCURRENCY, rate=rate)
-        with bench.serving(text, folder) as (_, process):
+        with stage.serving(text, folder) as (_, process):
             if not until(lambda: logged(folder, "sink_down"), 30):
                 sys.exit("the gateway did not notice that its sink is dead")
             with Receiver(out, options.delay) as receiver:
@@ -390,10 +383,10 @@ def fairness(options: argparse.Namespace) -> list[str]:
                 healthy = free_port()
                 receivers.append(stack.enter_context(Receiver(healthy)))
                 text = CONFIG.format(port=port, folder=folder, out=out, healthy=healthy, concurrency=CONCURRENCY, rate="")
-                processes.append(stack.enter_context(bench.serving(text, folder))[1])
+                processes.append(stack.enter_context(stage.serving(text, folder))[1])
             os.sched_setaffinity(0, {OTHER_CORE})
             asyncio.run(_steady(ports, options.rate, 2.0))
-            rounds, before = [], [bench.cpu_of(process.pid) for process in processes]
+            rounds, before = [], [stage.cpu_of(process.pid) for process in processes]
             for number in range(options.rounds):
                 for receiver in receivers:
                     receiver.seen("new")
@@ -404,7 +397,7 @@ def fairness(options: argparse.Namespace) -> list[str]:
                     sys.exit(f"only {[one['aged'] for one in seen]} messages came to the healthy sinks")
                 rounds.append([one["ms"] for one in seen])
                 print(f"{kind} {number + 1}/{options.rounds}: {rounds[-1][0]} without, {rounds[-1][1]} with", file=sys.stderr)
-            spent = [bench.cpu_of(process.pid) - start for process, start in zip(processes, before, strict=True)]
+            spent = [stage.cpu_of(process.pid) - start for process, start in zip(processes, before, strict=True)]
         ratios = sorted(there["p99"] / alone["p99"] for alone, there in rounds)
         cells = [
             ", ".join(f"{statistics.median(one[side][name] for one in rounds):.1f}" for name in ("p50", "p99", "p99.9")) for side in (0, 1)

@@ -2,7 +2,7 @@
 
 ``python -m bench.pressure [--pairs 7] [--idle 10000] [--drips 3000] [--only clear|tls]``
 
-A pair is two runs of the same mail (smtp-source, 100 sessions, 1 KiB, discarded): one into a
+A pair is two runs of the same mail (gateway load, 100 sessions, 1 KiB, discarded): one into a
 gateway alone, one into a gateway to which ``idle`` silent and ``drips`` dripping clients are
 connected (``bench.crowd``; half of the drips drip a command, half content; one octet every three
 seconds). Each run has a gateway of its own, and which of the two comes first changes from pair
@@ -35,7 +35,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,8 +43,8 @@ from typing import Any
 
 import trustme
 
-from . import __main__ as bench
-from .__main__ import OTHER_CORE, ROOT, Server
+from . import generator, stage
+from .stage import OTHER_CORE, ROOT, Server, a_folder
 
 CPU_BOUND = 1.05
 MEMORY_BOUND = {"clear": 6.0, "tls": 40.0}  # KiB a connection
@@ -159,8 +158,7 @@ class Result:
 @contextlib.contextmanager
 def served(options: argparse.Namespace, tls: bool) -> Iterator[tuple[Server, int]]:
     """A fresh gateway that is warm, and the port for the crowd."""
-    with tempfile.TemporaryDirectory(prefix="gateway-bench-", dir=os.environ.get("GATEWAY_BENCH_FOLDER")) as name:
-        folder = Path(name)
+    with a_folder() as folder:
         lines = ""
         if tls:
             made = trustme.CA().issue_cert("bench.example", key_type=trustme.KeyType.ECDSA)
@@ -170,9 +168,9 @@ def served(options: argparse.Namespace, tls: bool) -> Iterator[tuple[Server, int
         # Half as many again: it is the crowd's cost that is measured, not the hurry of a full house.
         connections = int((options.idle + options.drips + SESSIONS) * 1.2)
         text = CONFIG.format(tls=lines, connections=connections, deadline=int(COMMAND_DEADLINE), folder=folder)
-        with bench.serving(text, folder) as (ports, process):
-            server = Server("discard", "gateway", ports[0], process)
-            bench.drive(server, SIZE, SESSIONS, 2000)
+        with stage.serving(text, folder) as (ports, process):
+            server = Server("gateway", ports[0], process)
+            generator.drive(server, SIZE, SESSIONS, 2000)
             yield server, ports[1]
 
 
@@ -182,7 +180,7 @@ def alone(options: argparse.Namespace, result: Result, tls: bool) -> None:
         crowd.go_on()
         crowd.told()
         time.sleep(0.2)
-        result.alone.append(bench.drive(server, SIZE, SESSIONS, options.messages).cost)
+        result.alone.append(generator.drive(server, SIZE, SESSIONS, options.messages).cost)
 
 
 def crowded(options: argparse.Namespace, result: Result, tls: bool, last: bool) -> None:
@@ -203,12 +201,12 @@ def crowded(options: argparse.Namespace, result: Result, tls: bool, last: bool) 
             if options.drips:
                 result.drip.append((dripping - silent) / options.drips)
             result.each.append((dripping - before) / max(1, options.idle + options.drips))
-            run = bench.drive(server, SIZE, SESSIONS, options.messages)
+            run = generator.drive(server, SIZE, SESSIONS, options.messages)
             result.crowded.append(run.cost)
             result.rate.append(run.rate)
-            spent, started = bench.cpu_of(pid), time.monotonic()
+            spent, started = stage.cpu_of(pid), time.monotonic()
             time.sleep(QUIET)
-            result.quiet.append((bench.cpu_of(pid) - spent) / (time.monotonic() - started))
+            result.quiet.append((stage.cpu_of(pid) - spent) / (time.monotonic() - started))
             report = crowd.told() if last else crowd.end()
             if not last and (gone := options.drips - report["left"]):
                 print(f"note: {gone} drips were over before the run was: this pair had a smaller crowd", file=sys.stderr)

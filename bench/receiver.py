@@ -21,9 +21,10 @@ from typing import cast
 
 import uvloop
 
-from .peers import ANSWER
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
-_SENT = re.compile(rb"\r\nX-Sent: ([0-9.]+)\r\n")
+#: As a line, and as JSON has it.
+_SENT = re.compile(rb"X-Sent[\":, ]{1,4}([0-9.]+)")
 _ID = re.compile(rb"(?i)\r\nwebhook-id: ([^\r\n]+)\r\n")
 _SIZE = re.compile(rb"(?i)\r\ncontent-length: ([0-9]+)\r\n")
 
@@ -46,7 +47,7 @@ class Counted:
         self.seconds[int(now)] = self.seconds.get(int(now), 0) + 1
         if found := _ID.search(head):
             self.ids.add(found[1])
-        if found := _SENT.search(body[:2048]):
+        if found := _SENT.search(body[:4096]):
             self.ages.append(now - float(found[1]))
 
     def tell(self) -> None:

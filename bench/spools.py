@@ -24,6 +24,7 @@ FIELDS = b"Received: from client.example by bench.example with ESMTP; Mon, 23 No
 
 class _Silent:
     def event(self, name: str, /, **fields: Any) -> None: ...
+    def tell(self, event: str, fields: dict[str, Any]) -> None: ...
 
 
 class _Given:

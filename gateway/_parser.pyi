@@ -8,7 +8,7 @@ A malformed line is a Command with a ``fault``, never an exception. Exceptions
 (ValueError, TypeError) mean that the caller broke the contract below.
 """
 
-from typing import Final, final
+from typing import Any, Final, Self, final
 
 #: Octets a command line may have, CRLF included, unless the Receiver is told otherwise.
 LINE_LIMIT: Final[int]
@@ -63,12 +63,35 @@ class Command:
     @property
     def params(self) -> dict[str, str | None]:
         """MAIL and RCPT: ESMTP parameters in order, keywords in upper case; empty for others."""
+    def path(self) -> tuple[str | None, str, str, dict[str, str | None], bool]:
+        """``address``, ``local``, ``domain``, ``params`` and ``ascii``: whoever wants them all asks once."""
     @property
     def chunk_size(self) -> int:
         """BDAT: octets that follow the line."""
     @property
     def last(self) -> bool:
         """BDAT: LAST was given."""
+
+@final
+class ReadBuffer:
+    """What the reads of one event loop are made into, for any number of connections: give it to whoever reads
+    (``socket.recv_into``, or from ``asyncio.BufferedProtocol.get_buffer``), say how much was ``filled``, and
+    ``Receiver.feed`` it. Much content at once then comes out in the memory that was read into, without
+    a copy; the next read goes into other memory.
+
+    A view of it is good until the next ``feed``, and for one read."""
+
+    def __new__(cls, size: int = ..., taken: int = ...) -> Self:
+        """``size``: octets that one read may bring. ``taken``: contents from so many octets on are handed out in their
+        memory. Raises ValueError where either is under 1."""
+    def get_buffer(self, size_hint: int) -> Any:
+        """Itself, whatever the hint, as ``asyncio.BufferedProtocol`` has it. (Any: what can be written into has no name before Python 3.12.)"""
+    def filled(self, n: int) -> None:
+        """``n`` octets were read. Raises ValueError if there is no room for so many, or nothing was read since the last ``feed``."""
+    def __len__(self) -> int:
+        """Octets that were read and not fed yet."""
+    def head(self) -> bytes:
+        """A copy of the first 64 octets of them."""
 
 @final
 class Receiver:
@@ -84,7 +107,7 @@ class Receiver:
         more (0: it is not). ``normalize``: in content a bare LF becomes CRLF instead
         of a fault (a bare CR stays one), and begins a line whose first dot is stuffing; but a dot
         alone between a bare LF and a CRLF is that line: it ends nothing."""
-    def feed(self, data: bytes) -> None: ...
+    def feed(self, data: bytes | ReadBuffer) -> None: ...
     @property
     def pending(self) -> int:
         """Octets fed and not yet read."""
@@ -104,7 +127,7 @@ class Receiver:
     def content(self) -> bytes | None:
         """The next piece of DATA content, dots unstuffed; None if there is none now.
 
-        A read that is wholly clean content comes back as the very object that was fed. After
+        A read (bytes) that is wholly clean content comes back as the very object that was fed. After
         the terminating CRLF.CRLF (RFC 5321 §4.5.2; nothing else ends DATA) ``finished`` is
         True; what follows it stays pending. After a fault the rest is read over to the true
         end, and nothing is handed out."""
@@ -123,6 +146,9 @@ class Receiver:
     @property
     def content_fault(self) -> str | None:
         """The first fault of this content: ``"newline"`` (bare CR or LF), ``"nul"`` or None."""
+    def facts(self) -> tuple[str | None, int, int, bool, int, int, int]:
+        """``content_fault``, ``size``, ``longest``, ``eight_bit``, ``header_size``, ``header_fields`` and
+        ``hops``, as they are now: whoever wants them all asks once."""
     @property
     def size(self) -> int:
         """Octets of this content so far, as handed out (after a fault: as they would have been)."""
@@ -169,3 +195,7 @@ def stuff(content: bytes, line_start: bool = ...) -> bytes:
 def parse_address(text: str) -> tuple[str, str] | None:
     """``(local, domain)`` of one mailbox without brackets by the grammar that RCPT uses,
     UTF-8 allowed, the domain in lower case; None if it is not one."""
+
+def crc32(content: bytes, value: int = ...) -> int:
+    """``zlib.crc32``, ten times as fast where the processor multiplies without carry. Lets go of
+    the GIL for more than 256 KiB."""

@@ -11,30 +11,43 @@ a bounded rest; a line or content with a fault hands out none of its octets.
 """
 
 cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_Substring
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy, memset
+
+from zlib import crc32 as _crc32
 
 cdef extern from "Python.h":
     object PyUnicode_New(Py_ssize_t size, Py_UCS4 maxchar)
     void* PyUnicode_DATA(object text)
     PyObject* new_octets "PyBytes_FromStringAndSize"(const char* octets, Py_ssize_t size) except NULL
     int _PyBytes_Resize(PyObject** octets, Py_ssize_t size) except -1
+    void Py_SET_SIZE(PyObject* octets, Py_ssize_t size) noexcept
 
 cdef extern from *:
     """
     #include <stdint.h>
     #include <string.h>
 
+    #define gateway_first(mask) __builtin_ctzll(mask)
+    #define gateway_last(mask) (63 - __builtin_clzll(mask))
+    #define gateway_always static inline __attribute__((always_inline))
+
     /* The one primitive of the fast walk: which of 64 octets are CR, LF and dot, one bit
        each, the first octet lowest, and whether any is NUL or over 127. */
+    typedef struct {
+        uint64_t cr, lf, dot;
+        int nul, high;
+    } gateway_block;
+
     #if defined(__SSE2__) && !defined(GATEWAY_PORTABLE)
     #include <emmintrin.h>
 
-    static inline uint64_t gateway_equal(__m128i a, __m128i b, __m128i c, __m128i d, char octet)
+    gateway_always uint64_t gateway_equal(__m128i a, __m128i b, __m128i c, __m128i d, char octet)
     {
         const __m128i x = _mm_set1_epi8(octet);
         const uint32_t low = (uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(a, x)) | (uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(b, x)) << 16;
@@ -42,43 +55,231 @@ cdef extern from *:
         return low | (uint64_t)high << 32;
     }
 
-    static inline void gateway_look(const unsigned char *p, uint64_t *cr, uint64_t *lf, uint64_t *dot, int *nul, int *high)
+    gateway_always void gateway_look(const unsigned char *p, gateway_block *is)
     {
         const __m128i a = _mm_loadu_si128((const __m128i *)p), b = _mm_loadu_si128((const __m128i *)(p + 16));
         const __m128i c = _mm_loadu_si128((const __m128i *)(p + 32)), d = _mm_loadu_si128((const __m128i *)(p + 48));
-        *cr = gateway_equal(a, b, c, d, 13);
-        *lf = gateway_equal(a, b, c, d, 10);
-        *dot = gateway_equal(a, b, c, d, 46);
-        *nul = _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(_mm_min_epu8(a, b), _mm_min_epu8(c, d)), _mm_setzero_si128()));
-        *high = _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(a, b), _mm_or_si128(c, d)));
+        is->cr = gateway_equal(a, b, c, d, 13);
+        is->lf = gateway_equal(a, b, c, d, 10);
+        is->dot = gateway_equal(a, b, c, d, 46);
+        is->nul = _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(_mm_min_epu8(a, b), _mm_min_epu8(c, d)), _mm_setzero_si128()));
+        is->high = _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(a, b), _mm_or_si128(c, d)));
     }
     #else
-    static inline uint64_t gateway_equal(uint64_t word, uint64_t octet)
+    gateway_always uint64_t gateway_equal(uint64_t word, uint64_t octet)
     {
         const uint64_t low = 0x7f7f7f7f7f7f7f7fu, x = word ^ octet * 0x0101010101010101u;
         const uint64_t found = ~(((x & low) + low) | x | low); /* the top bit of each octet that is equal */
         return (found >> 7) * 0x0102040810204080u >> 56;
     }
 
-    static inline void gateway_look(const unsigned char *p, uint64_t *cr, uint64_t *lf, uint64_t *dot, int *nul, int *high)
+    gateway_always void gateway_look(const unsigned char *p, gateway_block *is)
     {
         uint64_t some = 0, none = 0, word;
         int i;
-        *cr = *lf = *dot = 0;
+        is->cr = is->lf = is->dot = 0;
         for (i = 0; i < 8; i++) {
             memcpy(&word, p + 8 * i, 8);
     #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
             word = __builtin_bswap64(word);
     #endif
-            *cr |= gateway_equal(word, 13) << 8 * i;
-            *lf |= gateway_equal(word, 10) << 8 * i;
-            *dot |= gateway_equal(word, 46) << 8 * i;
+            is->cr |= gateway_equal(word, 13) << 8 * i;
+            is->lf |= gateway_equal(word, 10) << 8 * i;
+            is->dot |= gateway_equal(word, 46) << 8 * i;
             none |= gateway_equal(word, 0);
             some |= word;
         }
-        *nul = none != 0;
-        *high = (some & 0x8080808080808080u) != 0;
+        is->nul = none != 0;
+        is->high = (some & 0x8080808080808080u) != 0;
     }
+    #endif
+
+    /* Where the walk is in its lines: whether the last octet was a CR, whether it ended a line,
+       octets of the line so far, of the longest so far; and whether an octet was over 127. */
+    typedef struct {
+        uint64_t cr, start;
+        Py_ssize_t line, longest;
+        int high;
+    } gateway_lines;
+
+    /* The lines between the first CRLF of a block and its last one. */
+    gateway_always void gateway_within(gateway_lines *at, uint64_t crlf, uint64_t stuffed)
+    {
+        int k;
+        Py_ssize_t line;
+        uint64_t left;
+        if (!crlf)
+            return;
+        k = gateway_first(crlf);
+        for (left = crlf & (crlf - 1); left; left &= left - 1) {
+            line = gateway_first(left) - k - 2 - (Py_ssize_t)(stuffed >> (k + 1) & 1);
+            if (line > at->longest)
+                at->longest = line;
+            k = gateway_first(left);
+        }
+    }
+
+    /* m octets whose CRLFs end at the bits of crlf, of which those at the bits of stuffed do not count. */
+    gateway_always void gateway_count(gateway_lines *at, Py_ssize_t m, Py_ssize_t gone, uint64_t cr, uint64_t crlf, uint64_t stuffed)
+    {
+        int k, last;
+        Py_ssize_t line;
+        if (!crlf)
+            at->line += m - gone;
+        else {
+            /* A removed dot is the first octet of its line: bit 0 for the line that goes on here. */
+            k = gateway_first(crlf);
+            line = at->line + k - 1 - (Py_ssize_t)(stuffed & 1);
+            if (line > at->longest)
+                at->longest = line;
+            last = gateway_last(crlf);
+            /* Lines that lie wholly inside a block have 62 octets at most. */
+            if (at->longest < 62)
+                gateway_within(at, crlf, stuffed);
+            at->line = m - 1 - last - (last < 63 ? (Py_ssize_t)(stuffed >> (last + 1) & 1) : 0);
+        }
+        at->cr = cr >> (m - 1) & 1;
+        at->start = crlf >> (m - 1) & 1;
+    }
+
+    /* Walks whole blocks of 64 octets that come out as they are and have no fault; stops before another, whose octets is then tells.
+       Returns the octets that were walked. */
+    #define GATEWAY_WALK(name, look) \
+    static Py_ssize_t name(gateway_lines *at, gateway_block *is, const unsigned char *p, Py_ssize_t n, int dots) \
+    { \
+        gateway_lines here = *at; \
+        Py_ssize_t i = 0; \
+        uint64_t stuffed; \
+        for (; i + 64 <= n; i += 64) { \
+            look(p + i, is); \
+            stuffed = dots ? (is->lf << 1 | here.start) & is->dot : 0; \
+            if (((is->cr << 1 | here.cr) ^ is->lf) | stuffed | (uint64_t)is->nul) \
+                break; \
+            here.high |= is->high; \
+            gateway_count(&here, 64, 0, is->cr, is->lf, 0); \
+        } \
+        *at = here; \
+        return i; \
+    }
+
+    GATEWAY_WALK(gateway_walk_any, gateway_look)
+
+    #if defined(__x86_64__) && defined(__GNUC__) && !defined(GATEWAY_PORTABLE) && !defined(GATEWAY_BASELINE)
+    #include <immintrin.h>
+
+    __attribute__((target("avx2,bmi")))
+    gateway_always uint64_t gateway_equal_wide(__m256i a, __m256i b, char octet)
+    {
+        const __m256i x = _mm256_set1_epi8(octet);
+        return (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(a, x)) | (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(b, x)) << 32;
+    }
+
+    __attribute__((target("avx2,bmi")))
+    gateway_always void gateway_look_wide(const unsigned char *p, gateway_block *is)
+    {
+        const __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + 32));
+        is->cr = gateway_equal_wide(a, b, 13);
+        is->lf = gateway_equal_wide(a, b, 10);
+        is->dot = gateway_equal_wide(a, b, 46);
+        is->nul = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(a, b), _mm256_setzero_si256()));
+        is->high = _mm256_movemask_epi8(_mm256_or_si256(a, b));
+    }
+
+    __attribute__((target("avx2,bmi")))
+    GATEWAY_WALK(gateway_walk_first, gateway_look_wide)
+
+    /* Line ends of a block whose CRLFs are whole, as gateway_count does it but without a branch: where no line ends, this one
+       goes on, and has 63 octets more at the least. */
+    __attribute__((target("bmi")))
+    gateway_always void gateway_ends(gateway_lines *at, uint64_t lf)
+    {
+        const Py_ssize_t line = at->line + (Py_ssize_t)_tzcnt_u64(lf) - 1;
+        at->longest = line > at->longest ? line : at->longest;
+        at->line = lf ? 63 - gateway_last(lf) : at->line + 64;
+        if (at->longest < 62)
+            gateway_within(at, lf, 0);
+    }
+
+    /* Beyond the first block what came before an octet is read from memory, so that only the line ends become bits: a processor
+       makes those from one register at a time. A CR without LF, an LF without CR, a NUL, or a dot that begins a line ends it. */
+    __attribute__((target("avx2,bmi")))
+    static Py_ssize_t gateway_walk_wide(gateway_lines *at, gateway_block *is, const unsigned char *p, Py_ssize_t n, int dots)
+    {
+        const __m256i cr = _mm256_set1_epi8(13), lf = _mm256_set1_epi8(10), dot = _mm256_set1_epi8(dots ? 46 : 0), none = _mm256_setzero_si256();
+        __m256i a, b, before_a, before_b, lf_a, lf_b, bad, over = none;
+        gateway_lines here;
+        Py_ssize_t i = gateway_walk_first(at, is, p, n < 64 ? n : 64, dots);
+        if (!i)
+            return 0;
+        for (here = *at; i + 64 <= n; i += 64) {
+            a = _mm256_loadu_si256((const __m256i *)(p + i)), b = _mm256_loadu_si256((const __m256i *)(p + i + 32));
+            before_a = _mm256_loadu_si256((const __m256i *)(p + i - 1)), before_b = _mm256_loadu_si256((const __m256i *)(p + i + 31));
+            lf_a = _mm256_cmpeq_epi8(a, lf), lf_b = _mm256_cmpeq_epi8(b, lf);
+            bad = _mm256_or_si256(_mm256_xor_si256(_mm256_cmpeq_epi8(before_a, cr), lf_a), _mm256_xor_si256(_mm256_cmpeq_epi8(before_b, cr), lf_b));
+            bad = _mm256_or_si256(bad, _mm256_cmpeq_epi8(_mm256_min_epu8(a, b), none));
+            bad = _mm256_or_si256(bad, _mm256_and_si256(_mm256_cmpeq_epi8(a, dot), _mm256_cmpeq_epi8(before_a, lf)));
+            bad = _mm256_or_si256(bad, _mm256_and_si256(_mm256_cmpeq_epi8(b, dot), _mm256_cmpeq_epi8(before_b, lf)));
+            if (!_mm256_testz_si256(bad, bad)) {
+                gateway_look_wide(p + i, is);
+                break;
+            }
+            over = _mm256_or_si256(over, _mm256_or_si256(a, b));
+            gateway_ends(&here, (uint32_t)_mm256_movemask_epi8(lf_a) | (uint64_t)(uint32_t)_mm256_movemask_epi8(lf_b) << 32);
+        }
+        here.cr = p[i - 1] == 13;
+        here.start = p[i - 1] == 10;
+        here.high |= _mm256_movemask_epi8(over);
+        *at = here;
+        return i;
+    }
+
+    #ifndef GATEWAY_AVX2
+    /* The same with 64 octets in one register. */
+    __attribute__((target("avx512bw,avx2,bmi")))
+    static Py_ssize_t gateway_walk_widest(gateway_lines *at, gateway_block *is, const unsigned char *p, Py_ssize_t n, int dots)
+    {
+        const __m512i cr = _mm512_set1_epi8(13), lf = _mm512_set1_epi8(10), dot = _mm512_set1_epi8(dots ? 46 : 0);
+        __m512i a, before, over = _mm512_setzero_si512();
+        gateway_lines here;
+        uint64_t ends, bad;
+        Py_ssize_t i = gateway_walk_first(at, is, p, n < 64 ? n : 64, dots);
+        if (!i)
+            return 0;
+        for (here = *at; i + 64 <= n; i += 64) {
+            a = _mm512_loadu_si512(p + i), before = _mm512_loadu_si512(p + i - 1);
+            ends = _mm512_cmpeq_epi8_mask(a, lf);
+            bad = (_mm512_cmpeq_epi8_mask(before, cr) ^ ends) | _mm512_testn_epi8_mask(a, a);
+            if (bad | _mm512_mask_cmpeq_epi8_mask(_mm512_cmpeq_epi8_mask(before, lf), a, dot)) {
+                gateway_look_wide(p + i, is);
+                break;
+            }
+            over = _mm512_or_si512(over, a);
+            gateway_ends(&here, ends);
+        }
+        here.cr = p[i - 1] == 13;
+        here.start = p[i - 1] == 10;
+        here.high |= _mm512_movepi8_mask(over) != 0;
+        *at = here;
+        return i;
+    }
+    #endif
+
+    static Py_ssize_t (*gateway_walk)(gateway_lines *, gateway_block *, const unsigned char *, Py_ssize_t, int) = gateway_walk_any;
+
+    static void gateway_choose(void)
+    {
+        __builtin_cpu_init();
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi"))
+            return;
+        gateway_walk = gateway_walk_wide;
+    #ifndef GATEWAY_AVX2
+        if (__builtin_cpu_supports("avx512bw"))
+            gateway_walk = gateway_walk_widest;
+    #endif
+    }
+    #else
+    #define gateway_walk gateway_walk_any
+    #define gateway_choose() ((void)0)
     #endif
 
     /* Octets before the first control character (0-31, 127); high gets a bit set where one of
@@ -108,13 +309,74 @@ cdef extern from *:
         return i;
     }
 
-    #define gateway_first(mask) __builtin_ctzll(mask)
-    #define gateway_last(mask) (63 - __builtin_clzll(mask))
+    /* CRC-32 of n octets, n a multiple of 16 and at least 64, by multiplication without carry: Gopal and others, "Fast CRC
+       Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009). Each constant is x^k mod P with its
+       bits reflected, or the reflected P and its quotient at the end. crc goes in and comes out inverted. */
+    #if defined(__x86_64__) && defined(__GNUC__) && !defined(GATEWAY_PORTABLE)
+    #include <immintrin.h>
+
+    static int gateway_can_fold(void)
+    {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+    }
+
+    __attribute__((target("pclmul,sse4.1")))
+    static inline __m128i gateway_fold_into(__m128i x, __m128i by, __m128i next)
+    {
+        return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), next);
+    }
+
+    __attribute__((target("pclmul,sse4.1")))
+    static uint32_t gateway_fold(const unsigned char *p, Py_ssize_t n, uint32_t crc)
+    {
+        const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+        const __m128i by_64 = _mm_set_epi64x(0, 0x163cd6124), barrett = _mm_set_epi64x(0x1f7011641, 0x1db710641);
+        const __m128i low = _mm_setr_epi32(-1, 0, -1, 0);
+        __m128i a = _mm_xor_si128(_mm_loadu_si128((const __m128i *)p), _mm_cvtsi32_si128((int)crc));
+        __m128i b = _mm_loadu_si128((const __m128i *)(p + 16)), c = _mm_loadu_si128((const __m128i *)(p + 32));
+        __m128i d = _mm_loadu_si128((const __m128i *)(p + 48)), x;
+        for (p += 64, n -= 64; n >= 64; p += 64, n -= 64) {
+            a = gateway_fold_into(a, by_512, _mm_loadu_si128((const __m128i *)p));
+            b = gateway_fold_into(b, by_512, _mm_loadu_si128((const __m128i *)(p + 16)));
+            c = gateway_fold_into(c, by_512, _mm_loadu_si128((const __m128i *)(p + 32)));
+            d = gateway_fold_into(d, by_512, _mm_loadu_si128((const __m128i *)(p + 48)));
+        }
+        a = gateway_fold_into(gateway_fold_into(gateway_fold_into(a, by_128, b), by_128, c), by_128, d);
+        for (; n >= 16; p += 16, n -= 16)
+            a = gateway_fold_into(a, by_128, _mm_loadu_si128((const __m128i *)p));
+        a = _mm_xor_si128(_mm_srli_si128(a, 8), _mm_clmulepi64_si128(a, by_128, 0x10));
+        x = _mm_srli_si128(a, 4);
+        a = _mm_xor_si128(_mm_clmulepi64_si128(_mm_and_si128(a, low), by_64, 0x00), x);
+        x = _mm_and_si128(_mm_clmulepi64_si128(_mm_and_si128(a, low), barrett, 0x10), low);
+        a = _mm_xor_si128(_mm_clmulepi64_si128(x, barrett, 0x00), a);
+        return (uint32_t)_mm_extract_epi32(a, 1);
+    }
+    #else
+    #define gateway_can_fold() 0
+    static uint32_t gateway_fold(const unsigned char *p, Py_ssize_t n, uint32_t crc) { (void)p; (void)n; return crc; }
+    #endif
     """
-    void look "gateway_look"(const unsigned char* p, uint64_t* cr, uint64_t* lf, uint64_t* dot, int* nul, int* high) noexcept nogil
+    ctypedef struct Block "gateway_block":
+        uint64_t cr
+        uint64_t lf
+        uint64_t dot
+        int nul
+        int high
+    ctypedef struct Lines "gateway_lines":
+        uint64_t cr
+        uint64_t start
+        Py_ssize_t line
+        Py_ssize_t longest
+        int high
+    void look "gateway_look"(const unsigned char* p, Block* block) noexcept nogil
+    void count_lines "gateway_count"(Lines* at, Py_ssize_t m, Py_ssize_t gone, uint64_t cr, uint64_t crlf, uint64_t stuffed) noexcept nogil
+    Py_ssize_t walk_clean "gateway_walk"(Lines* at, Block* block, const unsigned char* p, Py_ssize_t n, bint dots) noexcept nogil
+    void choose_walk "gateway_choose"()
     Py_ssize_t line_text "gateway_text"(const unsigned char* p, Py_ssize_t n, int* high) noexcept nogil
     int first_bit "gateway_first"(uint64_t mask) noexcept nogil
-    int last_bit "gateway_last"(uint64_t mask) noexcept nogil
+    bint can_fold "gateway_can_fold"()
+    uint32_t fold "gateway_fold"(const unsigned char* p, Py_ssize_t n, uint32_t crc) noexcept nogil
 
 ctypedef const unsigned char* octets_t
 
@@ -488,20 +750,17 @@ cdef class Command:
     def __cinit__(self):
         self.verb = self.argument = ""
 
-    @property
-    def address(self):
+    cdef inline str made_address(self):
         if self._address is None and self.path_end:
             self._address = PyUnicode_Substring(self.argument, self.path_start, self.path_end)
         return self._address
 
-    @property
-    def local(self):
+    cdef inline str made_local(self):
         if self._local is None:
             self._local = PyUnicode_Substring(self.argument, self.path_start, self.path_at)
         return self._local
 
-    @property
-    def domain(self):
+    cdef inline str made_domain(self):
         cdef octets_t p
         if self._domain is None:
             if self.path_end == 0:
@@ -513,11 +772,29 @@ cdef class Command:
                 self._domain = (<str>PyUnicode_Substring(self.argument, self.path_at + 1, self.path_end)).lower()
         return self._domain
 
-    @property
-    def params(self):
+    cdef inline dict made_params(self):
         if self._params is None:
             self._params = {}
         return self._params
+
+    @property
+    def address(self):
+        return self.made_address()
+
+    @property
+    def local(self):
+        return self.made_local()
+
+    @property
+    def domain(self):
+        return self.made_domain()
+
+    @property
+    def params(self):
+        return self.made_params()
+
+    def path(self):
+        return self.made_address(), self.made_local(), self.made_domain(), self.made_params(), self.ascii
 
 
 cdef inline Command new_command(str verb, str fault):
@@ -879,40 +1156,58 @@ cdef void note_faults(Walk* w, octets_t p, Py_ssize_t n, uint64_t bad, int nul, 
 cdef Py_ssize_t walk_blocks(Walk* w, octets_t p, Py_ssize_t n, bint dots, Way way, unsigned char** out) noexcept nogil:
     """Walks 64 octets at a time; stops before what takes more thought: an end, a dot whose
     line is not all there, with ``normalize`` a bare LF, and with PASS any stuffed dot."""
-    cdef uint64_t cr, lf, dot, before, bad, crlf, stuffed, left, valid
-    cdef uint64_t carry = w.cr
-    cdef uint64_t start = w.place == START
-    cdef int nul, high, k, last
+    cdef uint64_t before, bad, crlf, stuffed, left, valid
+    cdef int k
+    cdef bint odd = False
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t m, gone
-    cdef Py_ssize_t line = w.line
-    cdef Py_ssize_t longest = w.longest
     cdef long long size = w.size
     cdef unsigned char* q = out[0]
     cdef unsigned char pad[64]
     cdef octets_t b
+    cdef Block block
+    cdef Lines at
+    at.cr = w.cr
+    at.start = w.place == START
+    at.line = w.line
+    at.longest = w.longest
+    at.high = w.high
     while i < n:
-        m = n - i
-        b = p + i
-        if m >= 64:
+        if n - i >= 64:
+            # Odd blocks come one after the other, and so do clean ones.
+            if odd:
+                look(p + i, &block)
+            else:
+                m = walk_clean(&at, &block, p + i, n - i, dots)
+                if m:
+                    if way == WRITE:
+                        memcpy(q, p + i, m)
+                        q += m
+                    size += m
+                    i += m
+                    if n - i < 64:
+                        continue
             m = 64
+            b = p + i
             valid = ~<uint64_t>0
         else:
+            m = n - i
             memset(pad, c"x", 64)
-            memcpy(pad, b, m)
+            memcpy(pad, p + i, m)
             b = pad
             valid = (<uint64_t>1 << m) - 1
-        look(b, &cr, &lf, &dot, &nul, &high)
-        before = cr << 1 | carry
-        bad = (before ^ lf) & valid
-        crlf = lf & before
+            look(b, &block)
+        before = block.cr << 1 | at.cr
+        bad = (before ^ block.lf) & valid
+        crlf = block.lf & before
         stuffed = 0
         gone = 0
         if dots:
-            stuffed = (crlf << 1 | start) & dot
-        if stuffed or bad or nul or high:
-            if bad and w.normalize and lf & ~before:
-                k = first_bit(lf & ~before)
+            stuffed = (crlf << 1 | at.start) & block.dot
+        odd = stuffed != 0 or bad != 0 or block.nul
+        if odd or block.high:
+            if bad and w.normalize and block.lf & ~before:
+                k = first_bit(block.lf & ~before)
                 if k < m:
                     m = k
             if stuffed:
@@ -933,52 +1228,27 @@ cdef Py_ssize_t walk_blocks(Walk* w, octets_t p, Py_ssize_t n, bint dots, Way wa
                 bad &= valid
                 crlf &= valid
                 stuffed &= valid
-            if bad or nul or high:
-                note_faults(w, b, m, bad, nul, high)
+            if bad or block.nul or block.high and not at.high:
+                note_faults(w, b, m, bad, block.nul, block.high)
+                at.high |= w.high
+        if way == WRITE:
             if stuffed:
-                if way == WRITE:
-                    q = write_unstuffed(p + i, m, stuffed, n - i, q)
-                gone = count_bits(stuffed)
-            elif way == WRITE:
-                memcpy(q, p + i, m)
-                q += m
-        elif way == WRITE:
-            if m == 64:
-                memcpy(q, p + i, 64)
+                q = write_unstuffed(p + i, m, stuffed, n - i, q)
             else:
                 memcpy(q, p + i, m)
-            q += m
-        if crlf == 0:
-            line += m - gone
-        else:
-            # A removed dot is the first octet of its line: bit 0 for the line that goes on here.
-            k = first_bit(crlf)
-            line += k - 1 - <Py_ssize_t>(stuffed & 1)
-            if line > longest:
-                longest = line
-            last = last_bit(crlf)
-            if longest < 62:
-                # Lines that lie wholly inside a block have 62 octets at most.
-                left = crlf & (crlf - 1)
-                while left:
-                    line = first_bit(left) - k - 2 - <Py_ssize_t>(stuffed >> (k + 1) & 1)
-                    if line > longest:
-                        longest = line
-                    k = first_bit(left)
-                    left &= left - 1
-            line = m - 1 - last
-            if last < 63:
-                line -= <Py_ssize_t>(stuffed >> (last + 1) & 1)
+                q += m
+        if stuffed:
+            gone = count_bits(stuffed)
+        count_lines(&at, m, gone, block.cr, crlf, stuffed)
         size += m - gone
-        carry = cr >> (m - 1) & 1
-        start = crlf >> (m - 1) & 1
         i += m
         if m < 64:
             break
-    w.cr = carry != 0
-    w.place = START if start else MIDDLE
-    w.line = line
-    w.longest = longest
+    w.cr = at.cr != 0
+    w.place = START if at.start else MIDDLE
+    w.line = at.line
+    w.longest = at.longest
+    w.high = at.high != 0
     w.size = size
     out[0] = q
     return i
@@ -1096,10 +1366,57 @@ cdef void count_header(Header* h, octets_t p, Py_ssize_t n) noexcept nogil:
 
 # --- the server's side ------------------------------------------------------------------------
 
+cdef enum:
+    # What one read may bring: most mail at once. Beyond 128 KiB malloc takes fresh pages from the kernel each time.
+    READ_SIZE = 128 * 1024 - 256
+    # From so many octets on the memory that was read into becomes the content; less is copied out of it.
+    TAKEN_SIZE = 32 * 1024
+
+@cython.final
+@cython.no_gc
+cdef class ReadBuffer:
+    cdef Py_ssize_t room      # octets a read may bring
+    cdef Py_ssize_t taken     # from so many on a content takes the memory with it
+    cdef Py_ssize_t size      # octets that the last one brought, until they are fed; under 0 none was asked for
+    cdef bytes octets         # what is read into; None while they are lent, and after they became content
+    cdef PyObject* borrower   # the Receiver that takes them apart; it goes with it (Receiver.__dealloc__)
+
+    def __cinit__(self, Py_ssize_t size=READ_SIZE, Py_ssize_t taken=TAKEN_SIZE):
+        if size < 1 or taken < 1:
+            raise ValueError(f"a buffer of {size} octets, taken from {taken} on")
+        self.room = size
+        self.taken = taken
+        self.size = -1
+        self.borrower = NULL
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        if self.borrower != NULL:
+            (<Receiver>self.borrower).keep()
+        if self.octets is None:
+            self.octets = PyBytes_FromStringAndSize(NULL, self.room)
+        self.size = 0
+        PyBuffer_FillInfo(view, self, PyBytes_AS_STRING(self.octets), self.room, 0, flags)
+
+    def get_buffer(self, size_hint):
+        return self
+
+    def filled(self, Py_ssize_t n):
+        if self.size < 0 or not 0 <= n <= self.room:
+            raise ValueError(f"{n} octets were not read into this")
+        self.size = n
+
+    def __len__(self):
+        return max(self.size, 0)
+
+    def head(self):
+        return b"" if self.size <= 0 else PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.octets), min(self.size, 64))
+
+
 @cython.final
 @cython.no_gc
 cdef class Receiver:
-    cdef bytes data           # the read that is being taken apart, or the rest of one
+    cdef bytes data           # the read that is being taken apart, or the rest of one …
+    cdef ReadBuffer lender    # … and whose it is, where it is borrowed
     cdef Py_ssize_t at        # octets of it already read
     cdef Py_ssize_t line_limit
     cdef Py_ssize_t auth_limit
@@ -1121,31 +1438,93 @@ cdef class Receiver:
         self.walk.normalize = normalize
         self.begin()
 
-    def feed(self, bytes data not None):
-        if self.flooded or PyBytes_GET_SIZE(data) == 0:
-            return
-        if self.data is None:
-            self.data = data
-            self.at = 0
+    def __dealloc__(self):
+        if self.lender is not None:
+            self.lender.borrower = NULL
+
+    def feed(self, data not None):
+        if type(data) is bytes:
+            if not self.flooded and PyBytes_GET_SIZE(data):
+                self.append(<bytes>data)
+        elif type(data) is ReadBuffer:
+            self.borrow(<ReadBuffer>data)
         else:
-            self.data = self.data[self.at:] + data if self.at else self.data + data
-            self.at = 0
+            raise TypeError(f"{type(data).__name__} is neither bytes nor a ReadBuffer")
+
+    cdef void append(self, bytes data):
+        if self.lender is not None:
+            self.keep()
+        if self.data is not None:
+            data = self.data[self.at:] + data if self.at else self.data + data
+        self.data = data
+        self.at = 0
+
+    cdef void borrow(self, ReadBuffer lender):
+        cdef Py_ssize_t n = lender.size
+        lender.size = -1
+        if self.flooded or n <= 0:
+            return
+        if self.data is not None:
+            self.append(PyBytes_FromStringAndSize(PyBytes_AS_STRING(lender.octets), n))
+            return
+        self.data = lender.octets
+        lender.octets = None
+        Py_SET_SIZE(<PyObject*>self.data, n)
+        PyBytes_AS_STRING(self.data)[n] = 0
+        self.at = 0
+        self.lender = lender
+        lender.borrower = <PyObject*>self
+
+    cdef void give_back(self):
+        self.lender.octets = self.data
+        self.lender.borrower = NULL
+        self.lender = None
+
+    cdef void keep(self):
+        """What is left of a borrowed read becomes ours."""
+        cdef bytes rest = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.data) + self.at, PyBytes_GET_SIZE(self.data) - self.at)
+        self.give_back()
+        self.data = rest
+        self.at = 0
+
+    cdef bytes leave(self, Py_ssize_t n, Py_ssize_t used):
+        """The first ``n`` octets of a borrowed read, in its own memory; behind ``used`` the rest goes on."""
+        cdef PyObject* made = <PyObject*>self.data
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.data)
+        cdef bytes piece, rest = None
+        if used < size:
+            rest = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.data) + used, size - used)
+        # What it has, so that it gives back what it does not need.
+        Py_SET_SIZE(made, self.lender.room)
+        self.lender.borrower = NULL
+        self.lender = None
+        Py_INCREF(<object>made)
+        self.data = rest
+        self.at = 0
+        _PyBytes_Resize(&made, n)
+        piece = <bytes>made
+        Py_DECREF(piece)
+        return piece
+
+    cdef inline void let_go(self):
+        if self.lender is not None:
+            self.give_back()
+        self.data = None
+        self.at = 0
 
     @property
     def pending(self):
         return 0 if self.data is None else PyBytes_GET_SIZE(self.data) - self.at
 
     def discard(self):
-        self.data = None
-        self.at = 0
+        self.let_go()
         self.skipped = 0
 
     cdef inline void take(self, Py_ssize_t n):
         """``n`` more octets are read; a read that is used up is let go."""
         self.at += n
         if self.at == PyBytes_GET_SIZE(self.data):
-            self.data = None
-            self.at = 0
+            self.let_go()
 
     def command(self):
         cdef octets_t p
@@ -1188,9 +1567,12 @@ cdef class Receiver:
         self.taken = 0
 
     def content(self):
+        cdef Py_ssize_t available
         if self.data is None or self.walk.finished:
             return None
-        return self.piece(PyBytes_GET_SIZE(self.data) - self.at, True)
+        # Not within the call: the read may have to be nobody's but ours there (leave).
+        available = PyBytes_GET_SIZE(self.data) - self.at
+        return self.piece(available, True)
 
     @property
     def finished(self):
@@ -1217,9 +1599,18 @@ cdef class Receiver:
 
     @property
     def content_fault(self):
-        if self.walk.fault == 0:
-            return None
-        return "newline" if self.walk.fault == FAULT_NEWLINE else "nul"
+        return self.content_fault_name()
+
+    def facts(self):
+        return (
+            self.content_fault_name(),
+            self.walk.size,
+            self.longest_line(),
+            self.walk.high,
+            self.header.size,
+            self.header.fields,
+            self.header.hops,
+        )
 
     @property
     def size(self):
@@ -1227,8 +1618,7 @@ cdef class Receiver:
 
     @property
     def longest(self):
-        cdef Py_ssize_t line = self.walk.line - self.walk.cr
-        return max(line, self.walk.longest)
+        return self.longest_line()
 
     @property
     def eight_bit(self):
@@ -1245,6 +1635,15 @@ cdef class Receiver:
     @property
     def hops(self):
         return self.header.hops
+
+    cdef inline str content_fault_name(self):
+        if self.walk.fault == 0:
+            return None
+        return "newline" if self.walk.fault == FAULT_NEWLINE else "nul"
+
+    cdef inline Py_ssize_t longest_line(self):
+        cdef Py_ssize_t line = self.walk.line - self.walk.cr
+        return max(line, self.walk.longest)
 
     cdef inline bint at_auth(self):
         """The next line is an AUTH command, as far as it is here and was not already too long."""
@@ -1282,8 +1681,9 @@ cdef class Receiver:
             return 0
         if length >= limit:
             self.skipped = length
-            self.data = None
-            self.at = 0
+            self.let_go()
+        elif self.lender is not None:
+            self.keep()
         elif self.at:
             # What waits for its line end must not keep the whole read alive.
             self.data = self.data[self.at:]
@@ -1327,7 +1727,9 @@ cdef class Receiver:
             if made != NULL:
                 _PyBytes_Resize(&made, same)
                 piece = <bytes>made
-            elif same == PyBytes_GET_SIZE(self.data):
+            elif self.lender is not None and self.at == 0 and same >= self.lender.taken:
+                return self.leave(same, used)
+            elif same == PyBytes_GET_SIZE(self.data) and self.lender is None:
                 piece = self.data
             else:
                 piece = PyBytes_FromStringAndSize(<const char*>p, same)
@@ -1429,15 +1831,18 @@ cdef class ReplyReceiver:
                 self.lines = []
                 self.total = 0
                 return code, lines
+            if self.total >= self.reply_limit:
+                return self.fail("long")
         return None
 
 
 cdef Py_ssize_t write_stuffed(octets_t p, Py_ssize_t n, bint line_start, unsigned char* q) noexcept nogil:
     """Counts the dots to be added; where ``q`` is not NULL it also writes what comes out."""
-    cdef uint64_t cr, lf, dot, crlf, found
+    cdef uint64_t crlf, found
     cdef uint64_t carry = 0
     cdef uint64_t start = line_start
-    cdef int nul, high, k
+    cdef Block block
+    cdef int k
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t dots = 0
     cdef Py_ssize_t m, done
@@ -1452,9 +1857,9 @@ cdef Py_ssize_t write_stuffed(octets_t p, Py_ssize_t n, bint line_start, unsigne
             memset(pad, c"x", 64)
             memcpy(pad, b, m)
             b = pad
-        look(b, &cr, &lf, &dot, &nul, &high)
-        crlf = lf & (cr << 1 | carry)
-        found = (crlf << 1 | start) & dot
+        look(b, &block)
+        crlf = block.lf & (block.cr << 1 | carry)
+        found = (crlf << 1 | start) & block.dot
         if q != NULL:
             done = 0
             while found:
@@ -1469,7 +1874,7 @@ cdef Py_ssize_t write_stuffed(octets_t p, Py_ssize_t n, bint line_start, unsigne
             q += m - done
         else:
             dots += count_bits(found)
-        carry = cr >> 63
+        carry = block.cr >> 63
         start = crlf >> 63
         i += m
     return dots
@@ -1485,3 +1890,26 @@ def stuff(bytes content not None, bint line_start = True):
     made = PyBytes_FromStringAndSize(NULL, n + dots)
     write_stuffed(p, n, line_start, <unsigned char*>PyBytes_AS_STRING(made))
     return made
+
+
+# --- checksums ----------------------------------------------------------------------------
+
+cdef bint FOLDS = can_fold()
+choose_walk()
+
+cdef enum:
+    FOLD_FROM = 128            # octets; zlib is as fast below
+    FOLD_HELD = 256 * 1024     # octets that are summed without letting go of the GIL: 15 µs
+
+
+def crc32(bytes content not None, uint32_t value = 0):
+    cdef octets_t p = <octets_t>PyBytes_AS_STRING(content)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(content), whole = n & ~15
+    if not FOLDS or n < FOLD_FROM:
+        return _crc32(content, value)
+    if n <= FOLD_HELD:
+        value = ~fold(p, whole, ~value)
+    else:
+        with nogil:
+            value = ~fold(p, whole, ~value)
+    return value if whole == n else _crc32(content[whole:], value)

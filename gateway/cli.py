@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from . import __version__
+from .tools import commands
 
 if TYPE_CHECKING:
     from .config import Config, ListenerConfig
@@ -306,6 +307,77 @@ def send(
         quiet=quiet,
     )
     sys.exit(code)
+
+
+cli.add_command(commands.load)
+cli.add_command(commands.receive)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="[MAIL.eml]...")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="For each line, all rounds together."
+)
+@click.option(
+    "--only", multiple=True, metavar="TEXT", help="Only tasks with this in their name, as content, base64 or pipelined; may be repeated."
+)
+@click.option("--chart/--no-chart", default=None, help="Bars behind the figures; on a terminal unless said.")
+@click.option("--html", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write a page with plots, too.")
+@JSON
+def bench(files: tuple[Path, ...], seconds: float, only: tuple[str, ...], chart: bool | None, html: Path | None, as_json: bool) -> None:
+    """Measure the parsers, beside whichever others are installed; about a minute.
+
+    Command lines, content out of DATA, whole dialogues and MIME, on mails made here from a fixed seed or on your own
+    (gateway bench mail/*.eml). No socket is opened and nothing is downloaded. Runs alternate; told are the median, the
+    slowest and the fastest of five, and how many times the gateway is faster (under 1: slower).
+
+    Everybody must first give the same answer as the gateway; who does not is shown, not compared.
+
+    \b
+    Beside:
+      the standard library
+      aiosmtpd             pip install gateway-smtp[bench]
+      python-slimta        pip install python-slimta
+      smtp-server (Node)   if node finds it from this folder or in NODE_PATH
+      go-smtp              if go can build it from its module cache or GOPATH
+    """
+    import shutil
+
+    from .tools import bench as tool
+    from .tools.bench import corpora, peers, report
+
+    notes: list[str] = []
+    chosen = [] if files else [*corpora.envelopes(), *corpora.mails()]
+    try:
+        if files:
+            mails = corpora.own(files)
+            chosen, notes = [mails.corpus], mails.notes
+    except ValueError as error:
+        from .observe import quiet
+
+        raise Refused([quiet(line) for line in str(error).splitlines()]) from None
+    loud = sys.stderr.isatty()
+
+    def progress(text: str) -> None:
+        if loud:
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+
+    present, absent = peers.implementations()
+    try:
+        found = tool.run(chosen, present, absent, only=only, seconds=seconds, notes=notes, progress=progress)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    finally:
+        for one in present:
+            one.close()
+    if html is not None:
+        html.write_text(report.page(found), encoding="utf-8", errors="backslashreplace")
+    if as_json:
+        _print_json(report.as_json(found))
+        return
+    bars = sys.stdout.isatty() if chart is None else chart
+    for line in report.table(found, shutil.get_terminal_size().columns if bars else 0):
+        click.echo(line)
 
 
 @cli.command()

@@ -581,7 +581,7 @@ class SpoolConfig(Table):
     path: Annotated[FilePath, Field(validate_default=True)] = Path("spool")
     dsn: Annotated[str | None, Field(repr=False)] = None
     minimum_free: Annotated[Reserve, BeforeValidator(_reserve)] = Reserve(share=0.05)
-    hold: Annotated[Duration, Field(le=1.0)] = 0.005
+    hold: Annotated[Duration, Field(le=1.0)] = 0.025
 
 
 class Retry(Table):
@@ -678,7 +678,7 @@ class WebhookConfig(AnySink):
 
     ``previous_secret`` signs as well while receivers change over. Without ``secret`` there is
     no signature. ``addresses``: where it may connect to, judged on the address that a name has at
-    that moment (by aiohttp alone, whatever ``client`` is by default). ``client``: the HTTP library."""
+    that moment. ``client``: what speaks HTTP (``gateway.net.http``)."""
 
     type: Literal["webhook"] = "webhook"
     url: Url
@@ -689,7 +689,7 @@ class WebhookConfig(AnySink):
     previous_secret_file: FilePath | None = None
     headers: Annotated[dict[str, str], AfterValidator(_headers), Field(repr=False)] = {}
     addresses: Literal["any", "public"] = "any"
-    client: Literal["pyreqwest", "aiohttp"] = "pyreqwest"
+    client: Literal["direct", "pyreqwest", "aiohttp"] = "direct"
 
     @property
     def carries_requiretls(self) -> bool:
@@ -698,7 +698,7 @@ class WebhookConfig(AnySink):
     @classmethod
     def misfits(cls, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if table.get("addresses") == "public" and table.get("client") == "pyreqwest":
-            yield "client", 'cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'
+            yield "client", 'cannot judge addresses; leave it out (or write client = "aiohttp") beside addresses = "public"'
 
 
 class Upstream(AnySink):

@@ -18,7 +18,10 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Final, Literal, Protocol
+
+from mypy_extensions import mypyc_attr
 
 from .message import Client, Envelope, Message, Recipient
 from .passwords import ScramKeys
@@ -28,9 +31,12 @@ from .route import Route
 # --------------------------------------------------------------------- sinks
 
 State = Literal["delivered", "deferred", "failed"]
+#: What a relay that has a message now was told of the time to deliver it by (RFC 2852).
+Onward = Literal["", "timed", "untimed"]
 
 
-@dataclass(slots=True)
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
 class Outcome:
     """The result of one try for one recipient.
 
@@ -44,14 +50,35 @@ class Outcome:
 
     state: State
     reply: Reply
-    remote: str = ""
-    retry_after: float | None = None
-    down: bool = False
-    pause: bool = False
-    notifies: bool = False
-    onward: Literal["", "timed", "untimed"] = ""
+    remote: str
+    retry_after: float | None
+    down: bool
+    pause: bool
+    notifies: bool
+    onward: Onward
+
+    def __init__(
+        self,
+        state: State,
+        reply: Reply,
+        remote: str = "",
+        retry_after: float | None = None,
+        down: bool = False,
+        pause: bool = False,
+        notifies: bool = False,
+        onward: Onward = "",
+    ) -> None:
+        self.state = state
+        self.reply = reply
+        self.remote = remote
+        self.retry_after = retry_after
+        self.down = down
+        self.pause = pause
+        self.notifies = notifies
+        self.onward = onward
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Delivery:
     """One try to carry one message to one sink for some of its recipients.
 
@@ -121,6 +148,7 @@ class Sink(Protocol):
         """After the last one: deliveries still out are settled as deferred."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class AsyncSink(ABC):
     """For sinks that are most simply a coroutine: write ``carry``, and this is a Sink.
 
@@ -131,27 +159,48 @@ class AsyncSink(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Sequence[Outcome]]] = set()
 
     @abstractmethod
     async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
         """One Outcome per recipient, in order."""
 
     def start(self, delivery: Delivery) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(delivery))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run(self, delivery: Delivery) -> None:
-        outcomes: Sequence[Outcome]
+        # The task is the subclass's own coroutine: one of ours around it would cost more, and compiled
+        # coroutines throw into what they await in an older way, which not every library's awaitable knows.
         try:
-            outcomes = await self.carry(delivery)
-        except asyncio.CancelledError:
-            outcomes = [INTERRUPTED] * len(delivery.recipients)
-        except Exception as error:
-            asyncio.get_running_loop().call_exception_handler({"message": f"sink {self.name} failed on {delivery.id}", "exception": error})
-            outcomes = [BROKEN] * len(delivery.recipients)
-        delivery.settle(outcomes)
+            task = asyncio.ensure_future(self.carry(delivery))
+        except Exception as error:  # it is no coroutine function: nothing that can be awaited, or it raised at once
+            self._misbehaved(delivery, error)
+            return
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._carried, delivery))
+
+    def _carried(self, delivery: Delivery, task: asyncio.Future[Sequence[Outcome]]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            delivery.settle_all(INTERRUPTED)
+            return
+        error = task.exception()
+        if error is not None:
+            self._misbehaved(delivery, error)
+            return
+        outcomes = task.result()
+        try:
+            whole = len(outcomes) == len(delivery.recipients) and all(isinstance(outcome, Outcome) for outcome in outcomes)
+        except TypeError:
+            whole = False
+        if whole:
+            delivery.settle(outcomes)
+        else:
+            self._misbehaved(
+                delivery, TypeError(f"carry returned {outcomes!r:.200}: wanted is one Outcome for each of {len(delivery.recipients)}")
+            )
+
+    def _misbehaved(self, delivery: Delivery, error: BaseException) -> None:
+        context = {"message": f"sink {self.name} failed on {delivery.id}", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
+        delivery.settle_all(BROKEN)
 
     async def open(self) -> None:
         return None
@@ -163,16 +212,16 @@ class AsyncSink(ABC):
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-DELIVERED = Outcome("delivered", Reply(250, "2.0.0", "delivered"))
-INTERRUPTED = Outcome("deferred", Reply(451, "4.3.2", "interrupted, will be tried again"))
-BROKEN = Outcome("deferred", Reply(451, "4.3.0", "internal fault in the sink"))
+DELIVERED: Final = Outcome("delivered", Reply(250, "2.0.0", "delivered"))
+INTERRUPTED: Final = Outcome("deferred", Reply(451, "4.3.2", "interrupted, will be tried again"))
+BROKEN: Final = Outcome("deferred", Reply(451, "4.3.0", "internal fault in the sink"))
 
 # -------------------------------------------------------------------- checks
 
 Stage = Literal["client", "sender", "recipient", "content"]
 
 
-@dataclass(slots=True)
+@dataclass
 class Question:
     """What a check is asked. ``sender`` is None at the client stage, ``recipient`` only given
     at its own; ``message`` only at the content stage, with the verdicts so far in its ``checks``."""
@@ -185,7 +234,7 @@ class Question:
     message: Message | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class Verdict:
     """``reply`` refuses (4yz or 5yz), None lets pass. ``facts`` are kept in ``Message.checks``
     under the check's name and may be anything that JSON can say."""
@@ -209,7 +258,7 @@ class Check(Protocol):
 # -------------------------------------------------------------------- logins
 
 
-@dataclass(slots=True)
+@dataclass
 class Login:
     """What a client says to prove who it is. ``password`` (PLAIN, LOGIN) or ``token`` (a bearer
     token; ``user`` may be ``""`` then). With neither, SCRAM: first its keys are wanted
@@ -222,7 +271,7 @@ class Login:
     proven: bool | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class Judgement:
     """``identity``: who it is. Without one ``reply`` refuses (535, or 454 for now), but where keys
     are wanted there are ``keys`` and a fresh ``nonce`` (printable ASCII without a comma), for users
@@ -245,11 +294,11 @@ class Authenticator(Protocol):
 # -------------------------------------------------------------------- intake
 
 
-@dataclass(slots=True)
+@dataclass(init=False)
 class Transaction:
     """One mail on a connection, from MAIL on. ``number`` counts within the connection;
     ``routes`` stands beside ``envelope.recipients``. The facts of the content are set at
-    its end. ``submission``: header fields that are missing are supplied (RFC 6409 §8).
+    its end; ``hops``: how many Received fields it has. ``submission``: header fields that are missing are supplied (RFC 6409 §8).
     ``priority`` applies, whatever was asked for (RFC 6710)."""
 
     number: int
@@ -257,14 +306,47 @@ class Transaction:
     listener: str
     client: Client
     envelope: Envelope
-    routes: list[Route] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    size: int = 0
-    eight_bit: bool = False
-    header_size: int = 0
-    lmtp: bool = False
-    submission: bool = False
-    priority: int = 0
+    routes: list[Route]
+    facts: dict[str, Any]
+    size: int
+    eight_bit: bool
+    header_size: int
+    hops: int
+    lmtp: bool
+    submission: bool
+    priority: int
+
+    def __init__(
+        self,
+        number: int,
+        session: str,
+        listener: str,
+        client: Client,
+        envelope: Envelope,
+        routes: list[Route] | None = None,
+        facts: dict[str, Any] | None = None,
+        size: int = 0,
+        eight_bit: bool = False,
+        header_size: int = 0,
+        hops: int = 0,
+        lmtp: bool = False,
+        submission: bool = False,
+        priority: int = 0,
+    ) -> None:
+        self.number = number
+        self.session = session
+        self.listener = listener
+        self.client = client
+        self.envelope = envelope
+        self.routes = [] if routes is None else routes
+        self.facts = {} if facts is None else facts
+        self.size = size
+        self.eight_bit = eight_bit
+        self.header_size = header_size
+        self.hops = hops
+        self.lmtp = lmtp
+        self.submission = submission
+        self.priority = priority
 
 
 #: The answer after the end of data: one Reply for SMTP, one per accepted recipient (in
@@ -278,7 +360,7 @@ class Draft(Protocol):
     def write(self, octets: bytes) -> None: ...
     @property
     def full(self) -> bool:
-        """More is buffered than should be: stop reading until ``drained`` is called."""
+        """More is buffered than should be: stop reading until ``drained`` is called (which may also come unasked)."""
 
     def finish(self, answer: Answer) -> None:
         """The end of data was read and the wire found nothing wrong. ``answer`` is called once."""
@@ -304,7 +386,8 @@ class Intake(Protocol):
 Keeping = Literal["queued", "held", "dead"]
 
 
-@dataclass(slots=True, eq=False)
+@mypyc_attr(acyclic=True)
+@dataclass(eq=False, init=False)
 class Pending:
     """What a message still owes one sink: a row of the spool, or on its way to become one.
 
@@ -318,20 +401,51 @@ class Pending:
     recipients: tuple[int, ...]
     due: float
     expires_at: float
-    part: int = 1
-    attempts: int = 0
-    priority: int = 0
-    state: Keeping = "queued"
-    note: str = ""
-    down: bool = False
-    key: int = 0
-    message_key: int = 0
+    part: int
+    attempts: int
+    priority: int
+    state: Keeping
+    note: str
+    down: bool
+    key: int
+    message_key: int
+
+    def __init__(
+        self,
+        message_id: str,
+        sink: str,
+        recipients: tuple[int, ...],
+        due: float,
+        expires_at: float,
+        part: int = 1,
+        attempts: int = 0,
+        priority: int = 0,
+        state: Keeping = "queued",
+        note: str = "",
+        down: bool = False,
+        key: int = 0,
+        message_key: int = 0,
+    ) -> None:
+        self.message_id = message_id
+        self.sink = sink
+        self.recipients = recipients
+        self.due = due
+        self.expires_at = expires_at
+        self.part = part
+        self.attempts = attempts
+        self.priority = priority
+        self.state = state
+        self.note = note
+        self.down = down
+        self.key = key
+        self.message_key = message_key
 
     @property
     def delivery_id(self) -> str:
         return self.message_id if self.part == 1 else f"{self.message_id}_{self.part}"
 
 
+@mypyc_attr(native_class=False)
 class SpoolError(Exception):
     """A group could not be stored. ``known``: it is proven that nothing of it will ever come
     back (answer 45x); otherwise nobody knows (close without a reply and exit for recovery).
@@ -348,7 +462,7 @@ def no_room(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(slots=True)
+@dataclass
 class Row:
     """A message with what it owes: stored whole or not at all."""
 
@@ -371,7 +485,7 @@ class Store(Protocol):
         """On the loop, after the sync (or its failure)."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Mark:
     """What became of a stored Pending: one transaction with what follows from it.
 
@@ -446,4 +560,6 @@ class ContentFile(Protocol):
 class Observer(Protocol):
     """One call per business event; never blocks, never raises."""
 
-    def event(self, name: str, /, **fields: Any) -> None: ...
+    def event(self, event: str, /, **fields: Any) -> None: ...
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        """The same, for events of every message: keywords cost more than what is made of them. ``fields`` is given away."""

@@ -9,11 +9,13 @@ sockets nor SQL.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from random import SystemRandom
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+from mypy_extensions import mypyc_attr
 
 from .contracts import (
     DELIVERED,
@@ -39,35 +41,67 @@ from .smtp.submission import header_of, supplied
 from .smtp.trace import mark, received
 
 #: Times a message may have passed this very gateway before it is a loop (RFC 5321 §6.3).
-OWN_PASSES = 5
+OWN_PASSES: Final = 5
+#: Ids for which chance is drawn at once: one system call for many.
+IDS_A_DRAW: Final = 256
+# What an octet becomes that begins with RFC 9562's version, or its variant.
+_VERSION = bytes(octet & 0x0F | 0x70 for octet in range(256))
+_VARIANT = bytes(octet & 0x3F | 0x80 for octet in range(256))
 #: Octets of one draft that go to its file at a time while all drafts together are over their budget.
-SPILL = 16 * 1024
+SPILL: Final = 16 * 1024
 #: Octets that may wait for the disk before the connection stops reading.
-DISK_BACKLOG = 2 * 1024 * 1024
+DISK_BACKLOG: Final = 2 * 1024 * 1024
 
-LOOP = Reply(554, "5.4.6", "routing loop: this message has passed here before")
-NOT_STORED = Reply(451, "4.3.0", "not stored, try again later")
-NO_SPACE = Reply(452, "4.3.1", "no space to store the message, try again later")
-NO_VERDICT = Reply(451, "4.4.7", "no answer from the next hop in time, try again later")
-CHECK_FAILED = Reply(451, "4.7.1", "a check could not be made, try again later")
+#: The recipients of a sink that carries for the one there is.
+ONLY_ONE: Final = (0,)
+#: Nobody has an answer of his own.
+NOBODY: Final[Mapping[int, Reply]] = {}
+
+LOOP: Final = Reply(554, "5.4.6", "routing loop: this message has passed here before")
+NOT_STORED: Final = Reply(451, "4.3.0", "not stored, try again later")
+NO_SPACE: Final = Reply(452, "4.3.1", "no space to store the message, try again later")
+NO_VERDICT: Final = Reply(451, "4.4.7", "no answer from the next hop in time, try again later")
+CHECK_FAILED: Final = Reply(451, "4.7.1", "a check could not be made, try again later")
 
 
-_random = SystemRandom()
-_pool: list[int] = []
+class _Ids:
+    """What ``new_id`` keeps: the millisecond it last wrote, and chance that was drawn and not used."""
+
+    def __init__(self) -> None:
+        self._millisecond = -1
+        self._beginning = ""
+        self._middles = ""
+        self._ends = ""
+        self._used = IDS_A_DRAW
+
+    def next(self, now: float) -> str:
+        if self._used == IDS_A_DRAW:
+            self._draw()
+        millisecond = int(now * 1000)
+        if millisecond != self._millisecond:
+            self._millisecond = millisecond
+            when = f"{millisecond:012x}"
+            self._beginning = f"{when[:8]}-{when[8:]}-"
+        used = self._used
+        self._used = used + 1
+        return f"{self._beginning}{self._middles[10 * used : 10 * used + 10]}{self._ends[12 * used : 12 * used + 12]}"
+
+    def _draw(self) -> None:
+        """All at once what is the same for all: dashes, version and variant."""
+        middles = bytearray(os.urandom(4 * IDS_A_DRAW))
+        middles[::4] = middles[::4].translate(_VERSION)
+        middles[2::4] = middles[2::4].translate(_VARIANT)
+        self._middles = middles.hex("-", 2) + "-"
+        self._ends = os.urandom(6 * IDS_A_DRAW).hex()
+        self._used = 0
+
+
+_IDS: Final = _Ids()
 
 
 def new_id(now: float) -> str:
     """A UUIDv7 (RFC 9562 §5.7) for Unix time ``now``: sortable by time, 74 random bits."""
-    if not _pool:
-        # One system call for many ids.
-        bits = _random.getrandbits(74 * 256)
-        for _ in range(256):
-            _pool.append(bits & (1 << 74) - 1)
-            bits >>= 74
-    bits = _pool.pop()
-    value = int(now * 1000) << 80 | 7 << 76 | bits >> 62 << 64 | 2 << 62 | bits & (1 << 62) - 1
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return _IDS.next(now)
 
 
 class MailIntake:
@@ -94,6 +128,7 @@ class MailIntake:
         self.go_by(checks, hostname=hostname, expire=expire, memory=memory)
         self._patient: deque[tuple[float, Ticket]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owed = 0
 
@@ -126,7 +161,9 @@ class MailIntake:
             if question.stage not in check.stages:
                 continue
             try:
-                verdict = await check.judge(question)
+                # In a task of its own: a compiled coroutine hands a cancellation on in an older way, which not
+                # every awaitable that a check may lean on knows; a task's is its own affair.
+                verdict = await asyncio.create_task(check.judge(question))
             except Exception as error:
                 # A check promises not to raise: this is a bug of ours, and the mail must wait for its repair.
                 asyncio.get_running_loop().call_exception_handler({"message": f"check {name} failed", "exception": error})
@@ -165,10 +202,10 @@ class MailIntake:
         transaction = draft.transaction
         # What is due goes by the queue's clock, what is told by the wall's.
         wall, now = self.clock(), self.queue.clock()
-        if self._looping(content):
+        if transaction.hops >= OWN_PASSES and content.header().count(self._mark) >= OWN_PASSES:
             draft.refuse(answer, LOOP)
             return
-        envelope = transaction.envelope
+        envelope, facts = transaction.envelope, transaction.facts
         # HOLDUNTIL is a time on the wall's.
         release = (extensions.release_of(envelope.mail_params, wall) or 0.0) - wall + now if envelope.held else 0.0
         message = Message(
@@ -178,7 +215,7 @@ class MailIntake:
             client=transaction.client,
             received_at=now,
             listener=transaction.listener,
-            checks=dict(transaction.facts.get("checks", ())),
+            checks=dict(facts["checks"]) if facts and "checks" in facts else {},
             priority=transaction.priority,
             not_before=release if release > now else 0.0,
             # Its time runs from its release; with BY and mode R it ends when the sender said.
@@ -193,15 +230,13 @@ class MailIntake:
             # A content that has no header has its first lines to show that.
             header = header_of(content.chunks(), content.header_size or 1024)
             message.trace += supplied(header, transaction.envelope, self.hostname, message.id, wall)
-        names = self._wanted(transaction)
+        names = self._wanted(transaction) if self._content_checks else None
         if names:
             self._spawn(self._check(draft, message, names, answer))
         else:
             Ticket(self, draft, message, answer).start()
 
     def _wanted(self, transaction: Transaction) -> list[str]:
-        if not self._content_checks:
-            return []
         names = dict.fromkeys(name for route in transaction.routes for name in route.checks)
         return [name for name in names if name in self._content_checks]
 
@@ -214,16 +249,6 @@ class MailIntake:
         else:
             Ticket(self, draft, message, answer).start()
 
-    def _looping(self, content: Content) -> bool:
-        if content.header_size <= len(self._mark):
-            return False
-        header = b""
-        for piece in content.chunks():
-            header += piece[: content.header_size - len(header)]
-            if len(header) >= content.header_size:
-                break
-        return header.count(self._mark) >= OWN_PASSES
-
     def release(self, draft: MailDraft) -> None:
         """The answer is out: its content no longer counts as held."""
         self._owed -= 1
@@ -231,7 +256,10 @@ class MailIntake:
 
     def wait(self, ticket: Ticket, patience: float) -> None:
         """Call ``ticket.impatient`` in ``patience`` seconds (one timer for all: they wait alike)."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            # Kept: asking for it asks the kernel for the process's number, too, each time (CPython 3.11).
+            loop = self._loop = asyncio.get_running_loop()
         due = loop.time() + patience
         self._patient.append((due, ticket))
         if self._timer is None:
@@ -365,7 +393,6 @@ class MailDraft:
         self._file.write(pieces, lambda error: self._written(length, error))
 
     def _written(self, length: int, error: Exception | None) -> None:
-        was_full = self.full
         self._writing -= 1
         held = min(length, self._held)
         self._held -= held
@@ -375,9 +402,11 @@ class MailDraft:
         if self._gone:
             self._discard()
             return
-        if was_full and not self.full:
-            self._drained()
-        if self._answer is not None and not self._writing:
+        if self._answer is None:
+            # Whether it was full when it stopped is not known: others may have made room since, and told nobody.
+            if not self.full:
+                self._drained()
+        elif not self._writing:
             self._complete()
 
     def _complete(self) -> None:
@@ -396,6 +425,7 @@ class MailDraft:
 Phase = Literal["trying", "joined", "closed", "over"]
 
 
+@mypyc_attr(free_list_len=1)
 class Ticket:
     """One message between the end of its data and its answer (implements ``contracts.Store``).
 
@@ -434,37 +464,30 @@ class Ticket:
         self._phase: Phase = "trying"
         self._untried = False
         self._outcomes: list[tuple[Pending, Sequence[Outcome]]] = []
-        self._splits: list[Pending] = []
-        self._follow: list[Row] = []
-        self._late: list[tuple[Pending, Sequence[Outcome]]] = []
+        # Mostly there is none: an empty tuple costs nothing.
+        self._splits: tuple[Pending, ...] = ()
+        self._follow: tuple[Row, ...] = ()
+        self._late: tuple[tuple[Pending, Sequence[Outcome]], ...] = ()
         self._word: Reply | None = None  # the 250 of the one sink whose word is the answer
-        self._refused: Mapping[int, Reply] = {}  # LMTP: recipients with an answer of their own
-        self._strays: set[int] = set()  # LMTP: Pendings whose try is out and whose outcome concerns nobody any more
+        self._refused: Mapping[int, Reply] = NOBODY  # LMTP: recipients with an answer of their own
+        self._strays: tuple[Pending, ...] = ()  # LMTP: Pendings whose try is out and whose outcome concerns nobody any more
         self._kept = False  # a row of this message is in the spool
         self._failed: Reply | None = None  # the store failed; this is the answer if not all was taken
         self._timer: asyncio.TimerHandle | None = None
+        due, limit = max(message.received_at, message.not_before), extensions.first_limit(message)
         if len(routes) == 1 or all(route.sinks == routes[0].sinks for route in routes):
-            everyone = tuple(range(len(routes)))
-            groups = dict.fromkeys(routes[0].sinks, everyone)
+            everyone = ONLY_ONE if len(routes) == 1 else tuple(range(len(routes)))
+            self._pendings = [Pending(message.id, sink, everyone, due, limit, priority=message.priority) for sink in routes[0].sinks]
         else:
             lists: dict[str, list[int]] = {}
             for index, route in enumerate(routes):
                 for sink in route.sinks:
                     lists.setdefault(sink, []).append(index)
-            groups = {sink: tuple(indexes) for sink, indexes in lists.items()}
-        self._pendings = [
-            Pending(
-                message.id,
-                sink,
-                indexes,
-                max(message.received_at, message.not_before),
-                extensions.first_limit(message),
-                priority=message.priority,
-            )
-            for sink, indexes in groups.items()
-        ]
-        # ids of the Pendings whose first try is not over: all, until told otherwise.
-        self._out = {id(pending) for pending in self._pendings}
+            self._pendings = [
+                Pending(message.id, sink, tuple(indexes), due, limit, priority=message.priority) for sink, indexes in lists.items()
+            ]
+        # Those whose first try is not over: all, until told otherwise. (They compare by identity.)
+        self._out = self._pendings.copy()
 
     @property
     def over(self) -> bool:
@@ -477,9 +500,9 @@ class Ticket:
         patience = queue.hold
         for pending in self._pendings:
             if not queue.first_try(self.message, pending, self, wait=self._delivered):
-                self._out.discard(id(pending))
+                self._in(pending)
                 self._untried = True
-            elif id(pending) in self._out:
+            elif pending in self._out:
                 patience = min(patience, queue.patience(pending.sink))
         if self._phase != "trying":
             return  # settled on the way
@@ -505,14 +528,14 @@ class Ticket:
 
     def settled(self, pending: Pending, outcomes: Sequence[Outcome]) -> None:
         """A first try came back (called by the queue, on the loop)."""
-        if id(pending) in self._strays:
-            self._strays.discard(id(pending))
+        if pending in self._strays:
+            self._strays = tuple([stray for stray in self._strays if stray is not pending])
             if self._phase == "over" and not self._kept:
                 self._finish_unkept()
             return
-        self._out.discard(id(pending))
+        self._in(pending)
         if self._phase == "closed":
-            self._late.append((pending, outcomes))
+            self._late = (*self._late, (pending, outcomes))
         elif self._phase in ("trying", "joined"):
             self._outcomes.append((pending, outcomes))
             if self._delivered and self._phase == "trying":
@@ -525,22 +548,37 @@ class Ticket:
             elif self._phase == "trying" and not self._out and not self._untried:
                 self._join()
         elif self._failed is not None:
-            self._late.append((pending, outcomes))
+            self._late = (*self._late, (pending, outcomes))
             self._settle_failure()
         elif self._kept:
             self._intake.queue.conclude(self.message, pending, outcomes)
         else:
             self._finish_unkept()
 
+    def untried(self, pending: Pending) -> None:
+        """A first try that waited for its place will not be: the mail is stored as one that was never out."""
+        self._in(pending)
+        if self._phase == "trying":
+            self._untried = True
+            self._join()
+        elif self._failed is not None:
+            self._settle_failure()
+
+    def _in(self, pending: Pending) -> None:
+        """Its first try is over, or will not be."""
+        if pending in self._out:
+            self._out.remove(pending)
+
     def _judge(self) -> None:
         """Turn outcomes into what is still owed and what follows."""
         queue = self._intake.queue
-        now = queue.clock()
         for pending, outcomes in self._outcomes:
-            splits, follow = queue.judge(self.message, pending, outcomes, now)
-            self._splits += splits
-            self._follow += follow
-        self._outcomes = []
+            splits, follow = queue.judge(self.message, pending, outcomes)
+            if splits:
+                self._splits = (*self._splits, *splits)
+            if follow:
+                self._follow = (*self._follow, *follow)
+        self._outcomes.clear()
 
     def _nothing_owed(self) -> bool:
         return not self._splits and not self._follow and not self._out and not any(pending.recipients for pending in self._pendings)
@@ -555,8 +593,8 @@ class Ticket:
         if timed_out:
             route = self._draft.transaction.routes[0]
             for pending in self._pendings:
-                if id(pending) in self._out and self._intake.queue.withdraw(pending):
-                    self._out.discard(id(pending))
+                if pending in self._out and self._intake.queue.withdraw(pending):
+                    self._out.remove(pending)
             if self._draft.transaction.lmtp:
                 self._decide_each(route.fallback == "refuse")
             elif route.fallback == "refuse":
@@ -598,9 +636,9 @@ class Ticket:
             for pending in silent:
                 # The sink may take it all the same; nobody will try again.
                 pending.recipients = ()
-                if id(pending) in self._out:
-                    self._out.discard(id(pending))
-                    self._strays.add(id(pending))
+                if pending in self._out:
+                    self._out.remove(pending)
+                    self._strays = (*self._strays, pending)
         if len(refusals) == len(self.message.envelope.recipients):
             self._refuse([refusals[index] for index in sorted(refusals)])
             return
@@ -638,6 +676,10 @@ class Ticket:
     # ------------------------------------------------------- contracts.Store
 
     def _join(self) -> None:
+        queue = self._intake.queue
+        for pending in self._pendings:
+            if pending in self._out and queue.withdraw(pending):
+                self._out.remove(pending)
         self._phase = "joined"
         self._intake.spool.store(self)
 
@@ -649,7 +691,8 @@ class Ticket:
     def close(self) -> list[Row]:
         if self._phase != "joined":
             return []
-        owed = [pending for pending in self._pendings if pending.recipients] + self._splits
+        owed = [pending for pending in self._pendings if pending.recipients]
+        owed.extend(self._splits)
         rows = list(self._follow)
         if owed:
             self._kept = True
@@ -667,7 +710,7 @@ class Ticket:
                 return
             late = {id(pending) for pending, _outcomes in self._late}
             for pending in self._pendings:
-                if id(pending) in self._out or id(pending) in late:
+                if pending in self._out or id(pending) in late:
                     queue.resume(pending)
                 elif pending.recipients:
                     queue.adopt(pending)
@@ -675,7 +718,7 @@ class Ticket:
             self._accept(stored=True)
             for pending, outcomes in self._late:
                 queue.conclude(self.message, pending, outcomes)
-            self._late = []
+            self._late = ()
             return
         self._kept = False
         if not error.known:
@@ -704,19 +747,23 @@ class Ticket:
 
     def _accept(self, stored: bool) -> None:
         transaction = self._draft.transaction
-        self._intake.observer.event(
-            "accepted",
-            session=transaction.session,
-            id=self.message.id,
-            listener=transaction.listener,
-            client=transaction.client.ip,
-            mail_from=transaction.envelope.mail_from,
-            recipients=len(transaction.envelope.recipients) - len(self._refused),
-            size=self.message.stored.size,
-            stored=stored,
-            **self._asked(),
-            **self._forwarded(),
-        )
+        message, envelope = self.message, transaction.envelope
+        told: dict[str, Any] = {
+            "session": transaction.session,
+            "id": message.id,
+            "listener": transaction.listener,
+            "client": transaction.client.ip,
+            "mail_from": envelope.mail_from,
+            "recipients": len(envelope.recipients) - len(self._refused),
+            "size": message.stored.size,
+            "stored": stored,
+        }
+        self._add_asked(told)
+        facts = transaction.facts
+        if facts and (forwarded := facts.get("forwarded")):
+            # What XFORWARD said about where the mail came from: for the log alone.
+            told["forwarded"] = forwarded
+        self._intake.observer.tell("accepted", told)
         reply = self._word or self._accepted()
         if transaction.lmtp:
             self._say([self._refused.get(index, reply) for index in range(len(transaction.envelope.recipients))])
@@ -731,10 +778,9 @@ class Ticket:
             return Reply(250, "2.3.6", f"{message.priority} is the priority of this mail, accepted as {message.id}")
         return Reply.ok(f"accepted as {message.id}")
 
-    def _asked(self) -> dict[str, Any]:
+    def _add_asked(self, told: dict[str, Any]) -> None:
         """What its sender asked of the queue."""
         message = self.message
-        told: dict[str, Any] = {}
         priority = extensions.traced_priority(message.envelope, message.priority)
         if priority is not None:
             told["priority"] = priority
@@ -743,12 +789,6 @@ class Ticket:
         timed = extensions.deadline(message)
         if timed is not None:
             told["deliver_by"] = timed[0]
-        return told
-
-    def _forwarded(self) -> dict[str, Any]:
-        """What XFORWARD said about where the mail came from: for the log alone."""
-        told = self._draft.transaction.facts.get("forwarded")
-        return {"forwarded": told} if told else {}
 
     def _refuse(self, reply: Reply | Sequence[Reply]) -> None:
         if self._draft.transaction.lmtp and isinstance(reply, Reply):

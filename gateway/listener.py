@@ -25,15 +25,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from ipaddress import IPv6Address, ip_address
 from itertools import count
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
+from mypy_extensions import mypyc_attr
+
+from ._parser import ReadBuffer
 from .contracts import Authenticator, Draft, Intake, Judgement, Login, Observer, Verdict
 from .message import TLS, Client
 from .net.secure import SecureTransport
 from .net.sockets import BACKLOG, spoken, whence
+from .net.turn import Posted, Turn
 from .reply import Reply
 from .route import Network
 from .smtp import proxy
@@ -75,7 +78,9 @@ LINGER_OCTETS = 1024 * 1024
 #: Seconds that a client may take to read our last reply.
 LAST_WORD = 30.0
 #: Content from this size on is acknowledged at once (TCP_QUICKACK), or a sender with Nagle stalls on it.
-QUICKACK_FROM = 128 * 1024
+QUICKACK_FROM: Final = 128 * 1024
+#: A read of so many octets is of a client with large mail.
+LARGE_READ: Final = 32 * 1024
 #: Seconds that a proxy may take to say whom it brings.
 PROXY_DEADLINE = 5.0
 #: Longest ``greet_delay`` while nearly all connections are taken.
@@ -83,20 +88,27 @@ STRESS_GREET_DELAY = 2.0
 #: Longest rest, in seconds, while descriptors or memory lack.
 LONGEST_REST = 1.0
 
-TOO_MANY = Reply(421, "4.3.2", "too many connections, try again later")
-TOO_MANY_OF_YOURS = Reply(421, "4.7.0", "too many connections from your address, try again later")
-NO_MEANS = Reply(421, "4.3.2", "out of resources, try again later")
-TIMED_OUT = Reply(421, "4.4.2", "time-out, closing")
-NO_JUDGEMENT = Judgement(reply=Reply(454, "4.7.0", "authentication is not possible now, try again later"), note="fault")
-SHUTTING_DOWN = Reply(421, "4.3.2", "shutting down, try again later")
-BUG = Reply(421, "4.3.0", "internal fault, try again later")
+TOO_MANY: Final = Reply(421, "4.3.2", "too many connections, try again later")
+TOO_MANY_OF_YOURS: Final = Reply(421, "4.7.0", "too many connections from your address, try again later")
+NO_MEANS: Final = Reply(421, "4.3.2", "out of resources, try again later")
+TIMED_OUT: Final = Reply(421, "4.4.2", "time-out, closing")
+NO_JUDGEMENT: Final = Judgement(reply=Reply(454, "4.7.0", "authentication is not possible now, try again later"), note="fault")
+SHUTTING_DOWN: Final = Reply(421, "4.3.2", "shutting down, try again later")
+BUG: Final = Reply(421, "4.3.0", "internal fault, try again later")
 
 # What a connection waits for, as far as its deadline goes.
-NEXT, COMMAND, CONTENT, OURS, STUCK, CLOSING, HANDSHAKE = range(7)
+NEXT: Final = 0
+COMMAND: Final = 1
+CONTENT: Final = 2
+OURS: Final = 3
+STUCK: Final = 4
+CLOSING: Final = 5
+HANDSHAKE: Final = 6
 
-_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
-_NOTHING = b"\0\0\0\0"
-_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+#: 0: not here.
+_QUICKACK: Final[int] = getattr(socket, "TCP_QUICKACK", 0)
+_NOTHING: Final = b"\0\0\0\0"
+_SCARCE: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Limits(Protocol):
@@ -118,7 +130,7 @@ class Limits(Protocol):
     def minimum_rate(self) -> int: ...
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Door:
     """How clients of a listener come in. Replaced whole on reload, for those that come later.
 
@@ -203,7 +215,9 @@ def by_client(ip: str) -> str:
 
 
 class Listener:
-    """One bound address. ``name``: the real one. ``rules`` are replaced with ``go_by``."""
+    """One bound address. ``name``: the real one. ``rules`` are replaced with ``go_by``. ``time``: that of the loop."""
+
+    time: Callable[[], float]
 
     def __init__(
         self,
@@ -245,12 +259,18 @@ class Listener:
         self._spare: int | None = None
         self._open = False
         self._empty = asyncio.Event()
+        self.turn = Turn()
+        #: What uvloop reads into, for all connections; its methods bound once, for they are called at each read.
+        self.buffer = ReadBuffer()
+        self.lend: Callable[[int], object] = self.buffer.get_buffer
+        self.filled: Callable[[int], None] = self.buffer.filled
 
     # ------------------------------------------------------------------ life
 
     def start(self) -> None:
         """Take connections from now on."""
         self.loop = asyncio.get_running_loop()
+        self.time = self.loop.time
         self._open = True
         # Given up for a moment when descriptors run out, so that a client can be told why.
         self._spare = os.open(os.devnull, os.O_RDONLY)
@@ -376,7 +396,8 @@ class Listener:
                     return
             # What is in the socket now is the client's own: TLS begins here, or SMTP.
             made = connection = Connection(self, sock, client, counted, through)
-            await self.loop.connect_accepted_socket(lambda: made, sock)
+            # A protocol by what it can do: a compiled class has no foreign bases.
+            await self.loop.connect_accepted_socket(lambda: cast(asyncio.Protocol, made), sock)
         except BaseException as error:
             sock.close()
             # Otherwise it was reset before we came to it, or we are closing.
@@ -397,9 +418,8 @@ class Listener:
         held = b""
         try:
             while True:
-                try:
-                    seen = sock.recv(proxy.V2_LIMIT, socket.MSG_PEEK)
-                except (BlockingIOError, InterruptedError):
+                seen = _peeked(sock)
+                if seen is None:
                     async with asyncio.timeout_at(deadline):
                         await self._readable(sock)
                     continue
@@ -518,6 +538,15 @@ class Listener:
         self._empty.set()
 
 
+def _peeked(sock: socket.socket) -> bytes | None:
+    """What is there and stays there; None: nothing yet. (A compiled coroutine must not wait while it handles an
+    exception: everybody else on the loop would be taken to handle it, too.)"""
+    try:
+        return sock.recv(proxy.V2_LIMIT, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return None
+
+
 class SessionIds:
     """Short ids of connections: unique in this process and, but for a chance of 1 in 2**40, beyond."""
 
@@ -529,13 +558,15 @@ class SessionIds:
         return f"{self._prefix}{next(self._numbers):x}"
 
 
-class Connection(asyncio.Protocol):
-    """One TCP connection: bytes in, bytes out, and the clock of what it waits for."""
+class Connection(Posted):
+    """One TCP connection: bytes in, bytes out, and the clock of what it waits for. An ``asyncio.Protocol`` by what it can do."""
 
     __slots__ = (
         "_begun",
+        "_counted",
         "_draft",
         "_ended",
+        "_large",
         "_number",
         "_octets",
         "_owed",
@@ -549,6 +580,7 @@ class Connection(asyncio.Protocol):
         "_through",
         "_timer",
         "_transport",
+        "_unsent",
         "client",
         "counted",
         "entered",
@@ -582,13 +614,16 @@ class Connection(asyncio.Protocol):
         self._running: list[Event] | None = None  # events being carried out
         self._stopped = False  # reading is paused
         self._stuck = False  # the client does not read
+        self._large = False  # reads go into the listener's buffer
         self._ended = False  # the client sends no more
         self._timer: asyncio.Handle | None = None  # the end of a tarpit, or the next turn
+        self._unsent = b""  # replies that go out at the end of this turn of the loop
         self._phase = OURS
         self._since = 0.0  # loop time: when this wait began; CONTENT: when octets came last
         self._begun = 0.0  # CONTENT: loop time of its begin
         self._paid = 0.0  # CONTENT: loop time until which its octets last at the least rate
         self._octets = 0  # CONTENT: that came; CLOSING: that were read over
+        self._counted = 0  # CONTENT: of them those that ``_paid`` knows
 
     # ------------------------------------------------------ asyncio.Protocol
 
@@ -598,7 +633,10 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.entered = True
         listener.connections.add(self)
-        listener.observer.event("connected", session=self.id, listener=listener.name, client=self.client.ip, **(self._through or {}))
+        told: dict[str, object] = {"session": self.id, "listener": listener.name, "client": self.client.ip}
+        if self._through is not None:
+            told.update(self._through)
+        listener.observer.tell("connected", told)
         self._through = None
         try:
             if listener.rules.tls == "implicit":
@@ -631,15 +669,34 @@ class Connection(asyncio.Protocol):
         """Octets are there that nobody read yet."""
         return fcntl.ioctl(self._sock, termios.FIONREAD, _NOTHING) != _NOTHING
 
+    @property
+    def get_buffer(self) -> Callable[[int], object]:
+        """See ``asyncio.BufferedProtocol``: uvloop, which asks whoever has this, then reads into the listener's buffer."""
+        if not self._large:
+            raise AttributeError("reads are short so far")
+        return self.listener.lend
+
+    def buffer_updated(self, nbytes: int) -> None:
+        listener = self.listener
+        listener.filled(nbytes)
+        self._received(listener.buffer, nbytes)
+
     def data_received(self, data: bytes) -> None:
+        self._received(data, len(data))
+
+    def _received(self, data: bytes | ReadBuffer, size: int) -> None:
         phase = self._phase
         if phase == CONTENT:
-            self._count(len(data))
+            self._since = self.listener.time()
+            self._octets += size
+            if size >= LARGE_READ and not self._large and not isinstance(cast(object, self._transport), SecureTransport):
+                # From now on a read is content without uvloop's copy of it. A short one costs more so: not from the beginning.
+                self._large = True
+                self._transport.set_protocol(cast(asyncio.Protocol, self))
         elif phase == NEXT:
             self._phase = COMMAND
-            self._since = self.listener.loop.time()
         elif phase == CLOSING:
-            self._octets += len(data)
+            self._octets += size
             if self._octets > LINGER_OCTETS:
                 self.cut()
             return
@@ -647,6 +704,9 @@ class Connection(asyncio.Protocol):
             self._run(self.session.receive(data))
         except Exception as error:
             self._bug(error)
+        if phase == NEXT and self._phase == COMMAND:
+            # Begun and not whole: from here on it is waited for.
+            self._since = self.listener.time()
 
     def eof_received(self) -> bool:
         """The client sends no more, but may still read: what is owed to it goes out first."""
@@ -693,6 +753,7 @@ class Connection(asyncio.Protocol):
         context = self.listener.context
         if context is None:
             raise RuntimeError(f"{self.listener.name} has TLS and no certificate")
+        self.flush()
         self._wait(HANDSHAKE)
         self._transport = cast(asyncio.Transport, SecureTransport(self._transport, self, context))
         if self._stopped:
@@ -749,15 +810,18 @@ class Connection(asyncio.Protocol):
             if self._draft is not None:
                 self._draft.write(event.octets)
         elif isinstance(event, MailStarted):
+            if self._phase == CONTENT:
+                # It came with the end of another mail: what is counted of that one is not its own.
+                self._phase = OURS
             self._number = event.transaction.number
-            self._draft = listener.intake.begin(event.transaction, self._drained)
+            self._draft = listener.intake.begin(event.transaction, Drained(self))
         elif isinstance(event, MailFinished):
             draft, self._draft = self._draft, None
             assert draft is not None
             if self._owed is None:
                 self._owed = {}
             self._owed[event.number] = draft
-            draft.finish(partial(self._answer, event.number))
+            draft.finish(Awaited(self, event.number))
         elif isinstance(event, Refused):
             login = {"user": event.user, "mechanism": event.mechanism, "note": event.note} if isinstance(event, LoginRefused) else {}
             listener.observer.event(
@@ -805,9 +869,12 @@ class Connection(asyncio.Protocol):
         elif self._owed and number in self._owed:
             self._owed.pop(number).abort()
 
-    def _answer(self, number: int, reply: Reply | Sequence[Reply] | None) -> None:
-        if not self._owed or self._owed.pop(number, None) is None:
+    def answer(self, number: int, reply: Reply | Sequence[Reply] | None) -> None:
+        """What became of a mail after its end of data."""
+        owed = self._owed
+        if not owed or number not in owed:
             return  # the client is gone
+        del owed[number]
         try:
             self._run(self.session.answer(number, reply))
         except Exception as error:
@@ -830,7 +897,8 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             self._bug(error)
 
-    def _drained(self) -> None:
+    def drained(self) -> None:
+        """The draft can take more."""
         if self._running is None and self._phase != CLOSING:
             self._settle()
 
@@ -846,7 +914,9 @@ class Connection(asyncio.Protocol):
     def _settle(self) -> None:
         """Write, close, pause, resume and set the clock as the session and its mail now want it."""
         session = self.session
-        if self._phase >= CLOSING or self._transport.is_closing():
+        # A transport that is closing although we are not is asked only where something would begin:
+        # what is written to it is dropped, and ``connection_lost`` follows.
+        if self._phase >= CLOSING:
             return
         if session.delay:
             if self._timer is None:
@@ -856,16 +926,21 @@ class Connection(asyncio.Protocol):
             return
         octets = session.outgoing()
         if octets:
-            self._transport.write(octets)
+            if self._unsent:
+                self._unsent = self._unsent + octets
+            else:
+                self.listener.turn.post(self)
+                self._unsent = octets
         if session.closing:
             self._close()
             return
-        if session.more and self._timer is None and not self._stuck:
+        if session.more and self._timer is None and not self._stuck and not self._transport.is_closing():
             self._timer = self.listener.loop.call_soon(self._proceed)
         draft = self._draft
         awaiting = session.awaiting
         if awaiting == "handshake":
-            self._shake()
+            if not self._transport.is_closing():
+                self._shake()
             return
         # Until the greeting or our word on a login is out nobody may talk: whoever does is to be noticed.
         hold = (
@@ -882,24 +957,43 @@ class Connection(asyncio.Protocol):
             if self._phase != CONTENT:
                 self._wait(CONTENT)
                 self._begun = self._paid = self._since
-                self._octets = 0
-            elif _QUICKACK is not None and self._octets >= QUICKACK_FROM and self._sock.family != socket.AF_UNIX:
+                self._octets = self._counted = 0
+            elif _QUICKACK and self._octets >= QUICKACK_FROM and self._sock.family != socket.AF_UNIX:
                 # A sender with Nagle stalls on a delayed acknowledgement. It does not stick: once a read.
                 self._sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-        elif octets or self._phase > COMMAND:
+        elif octets:
+            self._phase = NEXT
+            self._since = self.listener.turn.now
+        elif self._phase > COMMAND:
             self._wait(NEXT)
+
+    def deliver(self) -> None:
+        """The turn is over."""
+        try:
+            self.flush()
+        except Exception as error:
+            self._bug(error)
+
+    def flush(self) -> None:
+        """Write what is to be written."""
+        octets, self._unsent = self._unsent, b""
+        if octets and self._phase != CLOSING:
+            self._transport.write(octets)
 
     def _wait(self, phase: int) -> None:
         self._phase = phase
-        self._since = self.listener.loop.time()
+        self._since = self.listener.time()
 
-    def _count(self, octets: int) -> None:
+    def _slow(self, now: float) -> bool:
+        """Content comes at less than the minimum rate."""
         limits = self.listener.admission.limits
-        self._since = now = self.listener.loop.time()
-        self._octets += octets
-        if limits.minimum_rate:
-            # What came fast pays for a pause, but for no more than data_timeout of it.
-            self._paid = min(self._paid + octets / limits.minimum_rate, now + limits.data_timeout)
+        rate = limits.minimum_rate
+        if rate <= 0:
+            return False
+        # What came fast pays for a pause, but for no more than data_timeout of it.
+        self._paid = min(self._paid + (self._octets - self._counted) / rate, now + limits.data_timeout)
+        self._counted = self._octets
+        return self._paid < now > self._begun + RATE_GRACE
 
     def _hold(self, hold: bool) -> None:
         self._stopped = hold
@@ -915,8 +1009,7 @@ class Connection(asyncio.Protocol):
         phase = self._phase
         waited = now - self._since
         if phase <= CONTENT:
-            slow = phase == CONTENT and self._paid < now > self._begun + RATE_GRACE and self.listener.admission.limits.minimum_rate > 0
-            if slow or waited > late[phase]:
+            if waited > late[phase] or (phase == CONTENT and self._slow(now)):
                 self.stop(TIMED_OUT)
         elif phase == STUCK:
             if waited > late[COMMAND]:
@@ -949,11 +1042,12 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Our last octets are on their way. The client's may still be: a reset that answers them
         could overtake ours, so that what comes is read over until it hangs up, or for a moment."""
+        self.flush()
         self._disarm()
         self._forget()
         self._octets = 0
         self._wait(CLOSING)
-        if self._ended or not self._transport.can_write_eof():
+        if self._ended or self._transport.is_closing() or not self._transport.can_write_eof():
             self._transport.close()
             return
         try:
@@ -994,11 +1088,37 @@ class Connection(asyncio.Protocol):
         except Exception as another:
             self._tell(another)
             octets = b""
-        self._transport.write(octets if owed else octets + BUG.wire)
+        self._unsent += octets if owed else octets + BUG.wire
         self._close()
 
     def _tell(self, error: Exception) -> None:
         self.listener.observer.event("bug", message=f"{type(error).__name__}: {error}", traceback=_trace(error), session=self.id)
+
+
+class Drained:
+    """How a draft calls for more: made anew for each, which costs less than to bind a method, and than to keep it."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __call__(self) -> None:
+        self._connection.drained()
+
+
+@mypyc_attr(free_list_len=1)
+class Awaited:
+    """An ``Answer`` that a connection waits for."""
+
+    __slots__ = ("_connection", "_number")
+
+    def __init__(self, connection: Connection, number: int) -> None:
+        self._connection = connection
+        self._number = number
+
+    def __call__(self, reply: Reply | Sequence[Reply] | None) -> None:
+        self._connection.answer(self._number, reply)
 
 
 def _trace(error: BaseException) -> str:

@@ -9,7 +9,7 @@ Whatever comes out of mail is hostile: every value is escaped, long ones are cut
 event is one line and no terminal is steered by it. Labels of metrics never hold an address
 and never take more than ``MOST_LABELS`` values.
 
-Counters are plain ints in dicts. prometheus-client is imported when somebody asks.
+Counters are plain ints in dicts; ``exposition.py`` shows them.
 """
 
 from __future__ import annotations
@@ -20,29 +20,23 @@ import re
 import select
 import threading
 import time
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
 import orjson
-
-from . import __version__
-
-if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
+from mypy_extensions import mypyc_attr
 
 #: Lines that wait while nobody reads.
-BACKLOG = 8192
+BACKLOG: Final = 8192
 #: Octets of a line from which on its values are cut.
-LONG_LINE = 1024
+LONG_LINE: Final = 1024
 #: Characters that are kept of a value in a long line; ``bug`` keeps its traceback.
 LONG_VALUE = 200
 LONG_TRACE = 8000
 #: Items that are kept of a list in a long line.
 MOST_ITEMS = 10
 #: Values that one metric takes for its labels; what comes later is counted as ``other``.
-MOST_LABELS = 200
+MOST_LABELS: Final = 200
 #: Octets of lines that are written at once.
 WRITE_MOST = 64 * 1024
 #: Seconds the writing thread gathers lines, so that a busy gateway wakes it seldom.
@@ -54,10 +48,13 @@ _TREACHEROUS = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u20
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9.:/@<>\[\]+_-]+")
 _ENHANCED = re.compile(r"\d{3}[ -]([245]\.\d{1,3}\.\d{1,3})(?: |$)")
 
-_dumps = orjson.dumps
-_NEWLINE = orjson.OPT_APPEND_NEWLINE
+_dumps: Final = orjson.dumps
+#: Dataclasses are told as text, like all else that JSON has no words for (``sayable.py`` says why).
+_AS_LINE: Final[Any] = orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATACLASS
 
 Labels = tuple[str, ...]
+#: A moment: in milliseconds; as RFC 3339 in UTC; the beginning of every line, and of those of an event.
+Instant = tuple[int, str, bytes, dict[str, bytes]]
 Reading = Callable[[], "float | Mapping[Labels, float]"]
 
 #: Counters: name without ``_total`` → (labels, what it counts).
@@ -106,13 +103,22 @@ GAUGES: dict[str, tuple[Labels, str]] = {
     "gateway_spool_up": ((), "1 while the spool can keep mail, 0 while new mail is refused for its sake"),
     "gateway_sink_up": (("sink",), "1 while the sink takes mail, 0 while it is down"),
 }
-#: Over several workers these are no sum but the largest, and the smallest.
-_LARGEST = {"gateway_queue_oldest_seconds"}
-_SMALLEST = {"gateway_sink_up", "gateway_spool_up"}
 #: Counted but not told: one a commit group would drown the rest.
-_SILENT = {"committed"}
+_SILENT: Final = "committed"
 
 
+class _Tally:
+    """What came to one sink since somebody last asked for numbers."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.delivered = 0
+        self.recipients = 0
+        #: Of its histogram, from the first success on.
+        self.cells: list[float] | None = None
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Telemetry:
     """The Observer of a process. ``log``: what becomes of lines; ``fd``: where they go
     (standard error). ``worker``: its number, added to each line, where there are several."""
@@ -125,35 +131,37 @@ class Telemetry:
         worker: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        form = {"json": self._json, "text": self._text}.get(log)
-        self._form = form
+        self._log = log
         # What a pipe takes whole, or lines of several workers would run into one another (pipe(7)).
-        most = WRITE_MOST if worker is None else select.PIPE_BUF
-        self._writer = _Writer(fd, lambda lost: b"" if form is None else form("dropped", {"lines": lost}), most)
+        self._writer = _Writer(fd, self._lost, WRITE_MOST if worker is None else select.PIPE_BUF)
         self._clock = clock
-        #: The millisecond that was last written, and how: one value, because two threads ask.
-        self._instant = (-1, "", b"")
-        self._heads: dict[str, bytes] = {}
+        #: The second that was last written, and how.
+        self._second = (-1, "")
+        #: The millisecond that was last written, and how; how lines begin in it, by event: one value, because two threads ask.
+        self._instant: Instant = (-1, "", b"", {})
+        self._names: dict[str, bytes] = {}
         self._stem: dict[str, Any] = {} if worker is None else {"worker": worker}
         self._counts: dict[str, dict[Labels, int]] = {name: {} if labels else {(): 0} for name, (labels, _) in COUNTERS.items()}
         self._spread: dict[str, dict[Labels, list[float]]] = {
             name: {} if labels else {(): [0.0] * (len(bounds) + 2)} for name, (labels, _, bounds) in HISTOGRAMS.items()
         }
-        # Straight to what every message touches.
-        self._deliveries = self._counts["gateway_deliveries"]
-        self._carried = self._counts["gateway_recipients_carried"]
-        self._attempts = self._counts["gateway_attempts"]
+        # What every message adds to, until somebody asks (``_fold``).
+        self._connections = 0
+        self._messages = 0
+        self._recipients = 0
+        self._octets = 0
+        self._stored = 0
+        self._tallies: dict[str, _Tally] = {}
+        self._delivery_bounds: list[float] = list(HISTOGRAMS["gateway_delivery_seconds"][2])
+        self._commit_bounds: list[float] = list(HISTOGRAMS["gateway_commit_seconds"][2])
         self._up: dict[Labels, float] = {}
         self._spool_up = 1.0
         self._gauges: dict[str, Reading] = {"gateway_sink_up": lambda: self._up, "gateway_spool_up": lambda: self._spool_up}
         self._extra: dict[str, tuple[Labels, str]] = {}
-        self._tell: dict[str, Callable[[dict[str, Any]], None]] = {
-            "connected": self._connected,
+        #: How those are counted that are not told by every message (``_count``).
+        self._seldom: dict[str, Callable[[dict[str, Any]], None]] = {
             "refused": self._refused,
             "authenticated": lambda fields: self._bump("gateway_authentications", (fields["mechanism"], "accepted")),
-            "accepted": self._accepted,
-            "attempted": self._attempted,
-            "delivered": self._delivered,
             "deferred": lambda fields: self._settled("deferred", fields),
             "failed": lambda fields: self._settled("failed", fields),
             "bounced": lambda fields: self._bump("gateway_bounces"),
@@ -173,21 +181,24 @@ class Telemetry:
 
     # ------------------------------------------------------------------ telling
 
-    def event(self, name: str, /, **fields: Any) -> None:
+    def event(self, event: str, /, **fields: Any) -> None:
+        """``tell``, with a keyword for each field. (None is called ``event``: compiled, a
+        parameter's name is taken even before the slash.)"""
+        self.tell(event, fields)
+
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
         """Count it and write its line. Never blocks, never raises: what cannot be counted or
-        written as it is still becomes a line as far as it goes."""
+        written as it is still becomes a line as far as it goes. ``fields`` is ours from now on."""
         try:
-            count = self._tell.get(name)
-            if count is not None:
-                count(fields)
+            self._count(event, fields)
         except Exception as error:
             fields["uncounted"] = repr(error)
-        if self._form is None or name in _SILENT:
+        if self._log == "none" or event == _SILENT:
             return
         try:
-            line = self._form(name, fields)
+            line = self._line(event, fields)
         except Exception as error:
-            line = self._now()[2] + b'"bug","message":%s}\n' % orjson.dumps(f"cannot tell {name!a}: {type(error).__name__}")
+            line = self._now()[2] + b'"bug","message":%s}\n' % orjson.dumps(f"cannot tell {event!a}: {type(error).__name__}")
         self._writer.put(line)
 
     def flush(self, timeout: float = 1.0) -> bool:
@@ -203,30 +214,47 @@ class Telemetry:
         """Lines that nobody read in time."""
         return self._writer.dropped
 
-    def _now(self) -> tuple[int, str, bytes]:
-        """Now, in milliseconds; as RFC 3339 in UTC; and the beginning of a line."""
-        instant, millisecond = self._instant, int(self._clock() * 1000)
+    def _now(self) -> Instant:
+        """Now."""
+        instant, millisecond = self._instant, int(self._clock() * 1000.0)
         if instant[0] != millisecond:
             second, rest = divmod(millisecond, 1000)
-            written = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
-            instant = self._instant = (millisecond, written, f'{{"time":"{written}","event":'.encode())
+            known = self._second
+            if known[0] != second:
+                known = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
+            written = f"{known[1]}.{rest:03d}Z"
+            instant = self._instant = (millisecond, written, f'{{"time":"{written}","event":'.encode(), {})
         return instant
 
+    def _line(self, name: str, fields: dict[str, Any]) -> bytes:
+        return self._json(name, fields) if self._log == "json" else self._text(name, fields)
+
+    def _lost(self, lines: int) -> bytes:
+        return self._line("dropped", {"lines": lines})
+
     def _json(self, name: str, fields: dict[str, Any]) -> bytes:
-        head = self._heads.get(name)
-        if head is None:
-            stem = orjson.dumps(self._stem)[1:-1]
-            head = self._heads[name] = orjson.dumps(name) + (b"," + stem if stem else b"") + b","
+        """What is treacherous in it is escaped by ``_Writer``."""
+        if not fields:
+            return self._head(name)[:-1] + b"}\n"
         try:
-            body = _dumps(fields, None, _NEWLINE)
+            body: bytes = _dumps(fields, None, _AS_LINE)
             if len(body) > LONG_LINE:
                 raise ValueError
         except (TypeError, ValueError):
-            body = _dumps(_tame(fields, name), None, _NEWLINE)
-        line = self._now()[2] + head + body[1:] if fields else self._now()[2] + head[:-1] + b"}\n"
-        if line.isascii() and b"\x7f" not in line:
-            return line
-        return _TREACHEROUS.sub(_escape, line.decode()).encode()
+            body = _dumps(_tame(fields, name), None, _AS_LINE)
+        return self._head(name) + body[1:]
+
+    def _head(self, name: str) -> bytes:
+        """All of a line that comes before its fields, now."""
+        instant = self._now()
+        head = instant[3].get(name)
+        if head is None:
+            known = self._names.get(name)
+            if known is None:
+                stem = orjson.dumps(self._stem)[1:-1]
+                known = self._names[name] = orjson.dumps(name) + (b"," + stem if stem else b"") + b","
+            head = instant[3][name] = instant[2] + known
+        return head
 
     def _text(self, name: str, fields: dict[str, Any]) -> bytes:
         words = [self._now()[1][11:23], f"{name:<9}"]
@@ -247,6 +275,61 @@ class Telemetry:
 
     # ----------------------------------------------------------------- counting
 
+    def _count(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "delivered":
+            tally = self._tally(fields["sink"])
+            recipients: int = fields["recipients"]
+            tally.recipients += recipients
+            tally.delivered += 1
+            seconds: Any = fields.get("seconds")
+            if seconds is not None:
+                fields["seconds"] = taken = _short(seconds)
+                if tally.cells is None:
+                    tally.cells = self._cells("gateway_delivery_seconds", (fields["sink"],))
+                _observe(tally.cells, self._delivery_bounds, taken)
+        elif event == "attempted":
+            self._tally(fields["sink"]).attempts += 1
+        elif event == "accepted":
+            taken_by: int = fields["recipients"]
+            size: int = fields["size"]
+            stored: bool = fields["stored"]
+            self._messages += 1
+            self._recipients += taken_by
+            self._octets += size
+            if stored:
+                self._stored += 1
+        elif event == "connected":
+            self._connections += 1
+        else:
+            count = self._seldom.get(event)
+            if count is not None:
+                count(fields)
+
+    def _tally(self, sink: str) -> _Tally:
+        tally = self._tallies.get(sink)
+        if tally is None:
+            if len(self._tallies) >= MOST_LABELS:
+                self._fold()
+                self._tallies.clear()
+            tally = self._tallies[sink] = _Tally()
+        return tally
+
+    def _fold(self) -> None:
+        """What was counted apart goes where the rest is."""
+        self._bump("gateway_connections_accepted", (), self._connections)
+        self._bump("gateway_messages_accepted", (), self._messages)
+        self._bump("gateway_recipients_accepted", (), self._recipients)
+        self._bump("gateway_octets_accepted", (), self._octets)
+        self._bump("gateway_messages_stored", (), self._stored)
+        self._connections = self._messages = self._recipients = self._octets = self._stored = 0
+        for sink, tally in self._tallies.items():
+            if tally.attempts:
+                self._bump("gateway_attempts", (sink,), tally.attempts)
+            if tally.delivered:
+                self._bump("gateway_deliveries", (sink, "delivered"), tally.delivered)
+                self._bump("gateway_recipients_carried", (sink, "delivered"), tally.recipients)
+            tally.attempts = tally.delivered = tally.recipients = 0
+
     def _bump(self, name: str, labels: Labels = (), by: int = 1) -> None:
         counts = self._counts[name]
         if labels in counts:
@@ -255,16 +338,13 @@ class Telemetry:
         labels = _bounded(labels, counts)
         counts[labels] = counts.get(labels, 0) + by
 
-    def _observe(self, name: str, labels: Labels, seconds: float) -> None:
-        spread, bounds = self._spread[name], HISTOGRAMS[name][2]
+    def _cells(self, name: str, labels: Labels) -> list[float]:
+        """Of one histogram: how many were within each bound, how many beyond, and their sum."""
+        spread = self._spread[name]
         cells = spread.get(labels)
         if cells is None:
-            cells = spread.setdefault(_bounded(labels, spread), [0.0] * (len(bounds) + 2))
-        cells[bisect_left(bounds, seconds)] += 1
-        cells[-1] += seconds
-
-    def _connected(self, fields: dict[str, Any]) -> None:
-        self._counts["gateway_connections_accepted"][()] += 1
+            cells = spread.setdefault(_bounded(labels, spread), [0.0] * (len(HISTOGRAMS[name][2]) + 2))
+        return cells
 
     def _refused(self, fields: dict[str, Any]) -> None:
         match = _ENHANCED.match(str(fields.get("reply", "")))
@@ -276,36 +356,12 @@ class Telemetry:
         if "mechanism" in fields:
             self._bump("gateway_authentications", (fields["mechanism"], "deferred" if fields["code"] == 454 else "refused"))
 
-    def _accepted(self, fields: dict[str, Any]) -> None:
-        counts = self._counts
-        counts["gateway_messages_accepted"][()] += 1
-        counts["gateway_recipients_accepted"][()] += fields["recipients"]
-        counts["gateway_octets_accepted"][()] += fields["size"]
-        if fields["stored"]:
-            counts["gateway_messages_stored"][()] += 1
-
-    def _attempted(self, fields: dict[str, Any]) -> None:
-        labels = (fields["sink"],)
-        try:
-            self._attempts[labels] += 1
-        except KeyError:
-            self._bump("gateway_attempts", labels)
-
     def _settled(self, outcome: str, fields: dict[str, Any]) -> None:
         labels = (fields["sink"], outcome)
-        try:
-            self._deliveries[labels] += 1
-            self._carried[labels] += fields["recipients"]
-        except KeyError:
-            self._bump("gateway_deliveries", labels)
-            self._bump("gateway_recipients_carried", labels, fields["recipients"])
+        self._bump("gateway_deliveries", labels)
+        self._bump("gateway_recipients_carried", labels, fields["recipients"])
         if "seconds" in fields:
-            fields["seconds"] = int(fields["seconds"] * 1e6) / 1e6
-
-    def _delivered(self, fields: dict[str, Any]) -> None:
-        self._settled("delivered", fields)
-        if (seconds := fields.get("seconds")) is not None:
-            self._observe("gateway_delivery_seconds", (fields["sink"],), seconds)
+            fields["seconds"] = _short(fields["seconds"])
 
     def _sink_down(self, fields: dict[str, Any]) -> None:
         self._up[(fields["sink"],)] = 0.0
@@ -316,7 +372,7 @@ class Telemetry:
 
     def _committed(self, fields: dict[str, Any]) -> None:
         self._counts["gateway_committed_messages"][()] += fields["count"]
-        self._observe("gateway_commit_seconds", (), fields["seconds"])
+        _observe(self._cells("gateway_commit_seconds", ()), self._commit_bounds, fields["seconds"])
 
     # ------------------------------------------------------------------ showing
 
@@ -329,6 +385,7 @@ class Telemetry:
 
     def state(self) -> dict[str, Any]:
         """Every number, as JSON can say it: to be shown elsewhere (``expose``)."""
+        self._fold()
         counts = {name: list(values.items()) for name, values in self._counts.items()}
         counts["gateway_log_lines_dropped"] = [((), self._writer.dropped)]
         gauges = {}
@@ -343,67 +400,19 @@ class Telemetry:
             gauges[name] = {"labels": described[0], "description": described[1], "values": values}
         return {"counts": counts, "spread": {name: list(values.items()) for name, values in self._spread.items()}, "gauges": gauges}
 
-    def exposition(self) -> bytes:
-        """The text form of Prometheus (``text/plain; version=0.0.4``)."""
-        return expose([self.state()])
+
+def _short(seconds: float) -> float:
+    """To the microsecond."""
+    return int(seconds * 1e6) / 1e6
 
 
-def expose(states: Sequence[Mapping[str, Any]]) -> bytes:
-    """The text form of Prometheus for one or several processes, added up."""
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.exposition import generate_latest
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_collector(states))
-    return generate_latest(registry)
-
-
-def _collector(states: Sequence[Mapping[str, Any]]) -> Collector:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-    from prometheus_client.registry import Collector as Base
-
-    class Numbers(Base):
-        def collect(self) -> Iterable[Metric]:
-            build = GaugeMetricFamily("gateway_build_info", "1, with the version of this gateway", labels=["version"])
-            build.add_metric([__version__], 1)
-            yield build
-            for name, (labels, description) in COUNTERS.items():
-                counter = CounterMetricFamily(name, description, labels=list(labels))
-                for values, number in _added(states, "counts", name, sum).items():
-                    counter.add_metric(list(values), number)
-                yield counter
-            for name, (labels, description, bounds) in HISTOGRAMS.items():
-                histogram = HistogramMetricFamily(name, description, labels=list(labels))
-                for values, cells in _added(states, "spread", name, _cells).items():
-                    buckets, below = [], 0.0
-                    for bound, inside in zip([*bounds, float("inf")], cells[:-1], strict=True):
-                        below += inside
-                        buckets.append(("+Inf" if bound == float("inf") else str(bound), below))
-                    histogram.add_metric(list(values), buckets, cells[-1])
-                yield histogram
-            shown = {name: known for state in states for name, known in state["gauges"].items()}
-            for name, known in shown.items():
-                gauge = GaugeMetricFamily(name, known["description"], labels=list(known["labels"]))
-                combine = max if name in _LARGEST else min if name in _SMALLEST else sum
-                readings = [{name: state["gauges"][name]["values"]} for state in states if name in state["gauges"]]
-                for values, number in _added([{"all": reading} for reading in readings], "all", name, combine).items():
-                    gauge.add_metric(list(values), number)
-                yield gauge
-
-    return Numbers()
-
-
-def _added(states: Sequence[Mapping[str, Any]], kind: str, name: str, combine: Callable[[list[Any]], Any]) -> dict[Labels, Any]:
-    """The values of one metric in every process, made one by label."""
-    found: dict[Labels, list[Any]] = {}
-    for state in states:
-        for labels, value in state[kind].get(name, ()):
-            found.setdefault(tuple(labels), []).append(value)
-    return {labels: combine(values) for labels, values in found.items()}
-
-
-def _cells(histograms: list[list[float]]) -> list[float]:
-    return [sum(cell) for cell in zip(*histograms, strict=True)]
+def _observe(cells: list[float], bounds: list[float], seconds: float) -> None:
+    place = 0
+    # Most are within one of the first bounds.
+    while place < len(bounds) and seconds > bounds[place]:
+        place += 1
+    cells[place] += 1
+    cells[-1] += seconds
 
 
 def _bounded(labels: Labels, known: Mapping[Labels, Any]) -> Labels:
@@ -469,12 +478,14 @@ class _Writer:
         self._fd = fd
         self._most = most
         self._lost = lost
-        self._lines: deque[bytes] = deque()
+        self._lines: list[bytes] = []
         self._wake = threading.Event()
+        #: The thread was woken and has not looked yet: to ask an Event costs more than a line.
+        self._woken = False
         self._busy = False
         self._ending = threading.Event()
         self._ended = False
-        self._thread: threading.Thread | None = None
+        self._scribe: threading.Thread | None = None
         self._told = 0
         self.dropped = 0
 
@@ -483,12 +494,13 @@ class _Writer:
             self.dropped += 1
             return
         self._lines.append(line)
-        if not self._wake.is_set():
+        if not self._woken:
+            self._woken = True
             self._wake.set()
-            if self._thread is None:
+            if self._scribe is None:
                 # A daemon: a pipe that nobody reads must not keep the process from ending.
-                self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
-                self._thread.start()
+                self._scribe = threading.Thread(target=self._run, name="event-log", daemon=True)
+                self._scribe.start()
 
     def flush(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -505,16 +517,17 @@ class _Writer:
         self._ended = True
         self._ending.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        if self._scribe is not None:
+            self._scribe.join(timeout)
             self.dropped += len(self._lines)
 
     def _run(self) -> None:
         while not self._ended or self._lines:
             self._wake.wait()
             self._ending.wait(GATHER)
-            # Cleared before lines are taken: what comes in between wakes us again.
+            # Cleared before lines are taken, and in this order: what comes in between is taken now or wakes us again.
             self._wake.clear()
+            self._woken = False
             self._busy = True
             while self._lines:
                 if lost := self.dropped - self._told:
@@ -524,19 +537,34 @@ class _Writer:
             self._busy = False
 
     def _next(self) -> bytes:
-        """The next lines, as many as are written at once."""
-        taken = [self._lines.popleft()]
-        size = len(taken[0])
-        # Only this thread takes lines: the first that is there stays there.
-        while self._lines and (size := size + len(self._lines[0])) <= self._most:
-            taken.append(self._lines.popleft())
-        return b"".join(taken)
+        """The next lines, as many as are written at once, with nothing treacherous in them."""
+        # Only this thread takes lines: those that are there stay there.
+        lines = self._lines
+        count = self._fitting()
+        octets = b"".join(lines[:count])
+        if not octets.isascii() or 0x7F in octets:
+            lines[:count] = [_TREACHEROUS.sub(_escape, line.decode()).encode() for line in lines[:count]]
+            count = self._fitting()
+            octets = b"".join(lines[:count])
+        del lines[:count]
+        return octets
+
+    def _fitting(self) -> int:
+        """How many of the lines are written at once: one at the least."""
+        count = size = 0
+        for line in self._lines:
+            size += len(line)
+            if count and size > self._most:
+                break
+            count += 1
+        return count
 
     def _write(self, octets: bytes) -> None:
         view = memoryview(octets)
         while view:
             try:
-                view = view[os.write(self._fd, view) :]
+                written = os.write(self._fd, view)
+                view = view[written:]  # not in one expression: mypyc 2.4 calls twice what stands in such a slice
             except BlockingIOError:
                 # Somebody who shares the descriptor made it non-blocking.
                 select.select([], [self._fd], [], 1.0)

@@ -24,40 +24,48 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
+
+from mypy_extensions import mypyc_attr
 
 from .contracts import INTERRUPTED, Delivery, Mark, Observer, Outcome, Pending, Row, Sink, Spool, SpoolError
 from .message import Client, Content, Message, Recipient
 from .reply import Reply
 from .smtp import bounce, extensions
 
+#: No row is due, of a lane that owes nothing (Unix seconds).
+NEVER: Final = float("inf")
 #: Seconds between probes of a sink that is down: first, then doubling up to the last.
-PROBE_FIRST, PROBE_LAST = 1.0, 60.0
+PROBE_FIRST: Final = 1.0
+PROBE_LAST: Final = 60.0
 #: A far side may ask for a day at most (DESIGN §6).
-RETRY_AFTER_LIMIT = 86400.0
+RETRY_AFTER_LIMIT: Final = 86400.0
 #: Longest sleep of a lane (seconds).
-LONGEST_SLEEP = 30.0
+LONGEST_SLEEP: Final = 30.0
 #: Seconds of its ``rate`` that a lane which was idle, or woken late, may begin at once.
-CATCH_UP = 0.05
+CATCH_UP: Final = 0.05
+#: First tries that may wait for a place at one sink, of mail that can be stored instead.
+HOPING: Final = 512
 #: Rows taken from the spool at once, beyond what can start now.
-WINDOW = 64
+WINDOW: Final = 64
 #: Seconds until the spool is asked again after it could not be read.
-READ_AGAIN = 1.0
+READ_AGAIN: Final = 1.0
 #: How often rows that do not come to their turn are looked at for expiry (seconds).
-EXPIRY_SWEEP = 60.0
+EXPIRY_SWEEP: Final = 60.0
 
 #: Counts the time in which the machine sleeps, too, where the system has such a clock.
-_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+_BOOTTIME: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_clock_gettime: Final = time.clock_gettime
 
 
 def elapsed() -> float:
     """Seconds that nobody can set."""
-    return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
+    return _clock_gettime(_BOOTTIME)
 
 
 class Steady:
@@ -68,16 +76,16 @@ class Steady:
         self._since = since
         self._start = wall() - since()
 
-    def __call__(self) -> float:
+    def now(self) -> float:
         return self._start + self._since()
 
 
-EXPIRED = Reply(554, "5.4.7", "delivery time expired")
-NOT_YET = Reply(451, "4.4.7", "not delivered yet")
-NO_SUCH_SINK = "this sink is not in the configuration"
+EXPIRED: Final = Reply(554, "5.4.7", "delivery time expired")
+NOT_YET: Final = Reply(451, "4.4.7", "not delivered yet")
+NO_SUCH_SINK: Final = "this sink is not in the configuration"
 
 
-@dataclass(slots=True)
+@dataclass
 class LaneSettings:
     """``concurrency``: deliveries out at once. ``on_failure``: what becomes of a recipient that
     failed for good or expired. ``rate``: deliveries begun in a second, 0 for any number.
@@ -95,10 +103,12 @@ class Waiting(Protocol):
 
     def settled(self, pending: Pending, outcomes: Sequence[Outcome]) -> None: ...
 
+    def untried(self, pending: Pending) -> None: ...
 
-@dataclass(slots=True)
+
+@dataclass
 class _First:
-    """A first try that waits for a place (``acknowledge = "delivered"``)."""
+    """A first try that waits for a place."""
 
     message: Message
     pending: Pending
@@ -114,7 +124,9 @@ class Lane:
         "down",
         "down_since",
         "earliest",
+        "fresh",
         "gone",
+        "hoping",
         "hurried",
         "latency",
         "looking",
@@ -150,8 +162,12 @@ class Lane:
         # Rows that overtook others in `ready` since the spool was last looked at.
         self.hurried = 0
         self.waiting: deque[_First] = deque()
+        # First tries of mail that can be stored instead, for a place that is free in time; by the id of their Pending. Their
+        # tickets take them back (``withdraw``) before they are stored.
+        self.hoping: OrderedDict[int, _First] = OrderedDict()
+        self.fresh = False  # whose turn the last place was: of them, or of `ready`
         # No row outside `busy` is due before this (Unix seconds).
-        self.earliest = float("inf")
+        self.earliest = NEVER
         self.refilling = False
         self.timer: asyncio.TimerHandle | None = None
         self.down = False
@@ -193,6 +209,8 @@ class Queue:
     bounces. ``clock``: Unix seconds, by which everything is due; it must not be set back or forth
     (``Steady``). ``wall``: what the dates of bounces go by."""
 
+    _time: Callable[[], float]
+
     def __init__(
         self,
         spool: Spool,
@@ -220,7 +238,7 @@ class Queue:
         self._hostname = hostname
         self._observer = observer
         self._new_id = new_id
-        self.clock = clock or Steady()
+        self.clock = clock or Steady().now
         self._wall = wall or clock or time.time
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -233,6 +251,7 @@ class Queue:
     async def open(self) -> None:
         """Schedule what the spool holds. The spool is open."""
         self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time
         self._random = random.Random()
         found = await self._spool.counts()
         totals: dict[str, int] = {}
@@ -311,7 +330,7 @@ class Queue:
                 lane.probe_delay = PROBE_FIRST
             lane.sink, lane.settings = sink, lanes[name]
             # What the old rate would have had it wait for may be hours.
-            lane.slot = min(lane.slot, self._loop.time() + (1.0 / lane.settings.rate if lane.settings.rate else 0.0))
+            lane.slot = min(lane.slot, self._time() + (1.0 / lane.settings.rate if lane.settings.rate else 0.0))
             lane.gone = False
             lane.earliest = 0.0
             lane.dormant = False
@@ -337,7 +356,11 @@ class Queue:
         """Whoever waits for a first try waits no more."""
         while lane.waiting:
             first = lane.waiting.popleft()
+            # Its client waits for the sink's own word: this is all there is of it.
             first.ticket.settled(first.pending, [INTERRUPTED] * len(first.pending.recipients))
+        while lane.hoping:
+            _, first = lane.hoping.popitem(last=False)
+            first.ticket.untried(first.pending)
 
     def _tried_by(self, pending: Pending) -> Lane | None:
         """The lane that has its tries in its books, also where its sink is gone by now."""
@@ -360,34 +383,48 @@ class Queue:
         return 0.0 if lane is None or lane.latency > self.hold else self.hold
 
     def first_try(self, message: Message, pending: Pending, ticket: Waiting, *, wait: bool = False) -> bool:
-        """Try at once, if the lane has room: True, and ``ticket.settled`` is called once (maybe
-        before this returns). With ``wait`` the client waits for the sink's own word: the try
-        starts even where the sink is thought down, and waits for a place."""
+        """Try at once or as soon as there is a place: True, and ``ticket.settled`` is called once (maybe before
+        this returns), unless ``withdraw`` takes the try back before, or ``ticket.untried`` says that it will not be. False:
+        the mail has to be stored first. With ``wait`` the client waits for the sink's own word: the try starts even where
+        the sink is thought down."""
         lane = self._lanes.get(pending.sink)
         if lane is None or self._closing:
             return False
-        now = self._loop.time()
+        now = self._time()
         if wait:
             if not lane.waiting and lane.room(now):
                 lane.charge(now)
-                self._start(lane, message, pending, ticket)
+                self._start(lane, message, pending, ticket, now)
             else:
                 place = next((n for n, first in enumerate(lane.waiting) if first.pending.priority < pending.priority), len(lane.waiting))
                 lane.waiting.insert(place, _First(message, pending, ticket))
                 self._arm(lane)
             return True
-        if lane.ready or lane.waiting or message.not_before > self.clock() or not lane.free(now):
+        if lane.waiting or (message.not_before and message.not_before > self.clock()):
             return False
-        if lane.earliest <= self.clock():
-            return False  # a backlog is due: it goes first
+        backlog = bool(lane.ready) or (lane.earliest != NEVER and lane.earliest <= self.clock())
+        if backlog or lane.hoping or not lane.free(now):
+            if not self._hopeful(lane) or (backlog and pending.priority):
+                return False  # by its priority it has its place in the backlog
+            lane.hoping[id(pending)] = _First(message, pending, ticket)
+            if backlog:
+                self._pump(lane)
+            return True
         lane.charge(now)
-        self._start(lane, message, pending, ticket)
+        self._start(lane, message, pending, ticket, now)
         return True
+
+    def _hopeful(self, lane: Lane) -> bool:
+        """No place is free for it, and one is likely to be soon enough: a commit saved is worth a moment, and whoever waits for
+        us does not send more than the sink takes. What waits for a rate would wait for longer."""
+        return not (lane.down or lane.paused or lane.settings.rate) and len(lane.hoping) < HOPING and lane.latency <= self.hold
 
     def withdraw(self, pending: Pending) -> bool:
         """Take back a first try that still waits for its place; False if it is out already."""
         lane = self._lanes.get(pending.sink)
         if lane is not None:
+            if lane.hoping.pop(id(pending), None) is not None:
+                return True
             for first in lane.waiting:
                 if first.pending is pending:
                     lane.waiting.remove(first)
@@ -425,10 +462,26 @@ class Queue:
 
     # ------------------------------------------------------------- decisions
 
-    def judge(self, message: Message, pending: Pending, outcomes: Sequence[Outcome], now: float) -> tuple[list[Pending], list[Row]]:
+    def judge(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> tuple[Sequence[Pending], Sequence[Row]]:
         """What follows from one try: changes ``pending`` to what is still owed (no recipients:
         nothing) and gives back dead letters to keep and notifications to send."""
         recipients = message.envelope.recipients
+        rest: list[tuple[int, Outcome]] = []
+        relayed: list[tuple[Recipient, Outcome]] = []
+        # One outcome for each recipient: ``Delivery.settle`` takes no other number.
+        for place, index in enumerate(pending.recipients):
+            outcome = outcomes[place]
+            if outcome.state != "delivered":
+                rest.append((index, outcome))
+            elif self._notice(message, recipients[index], outcome):
+                relayed.append((recipients[index], outcome))
+        pending.attempts += 1
+        if not rest and not relayed:
+            if pending.recipients:
+                pending.recipients = ()
+                pending.part += 1
+            return (), ()
+        now = self.clock()
         expired = now >= pending.expires_at
         delayed = expired and extensions.untold(message, pending.expires_at)
         if delayed:
@@ -438,14 +491,10 @@ class Queue:
         again: list[tuple[int, Outcome]] = []
         lost: list[tuple[int, Outcome]] = []
         late: list[tuple[int, Outcome]] = []
-        relayed: list[tuple[Recipient, Outcome]] = []
         delay = 0.0
         down = False
-        for index, outcome in zip(pending.recipients, outcomes, strict=True):
-            if outcome.state == "delivered":
-                if self._notice(message, recipients[index], outcome):
-                    relayed.append((recipients[index], outcome))
-            elif outcome.state == "failed":
+        for index, outcome in rest:
+            if outcome.state == "failed":
                 lost.append((index, outcome))
             elif returned:
                 late.append((index, Outcome("failed", _too_late(outcome.reply), outcome.remote)))
@@ -457,7 +506,6 @@ class Queue:
                 pending.note = str(outcome.reply)
                 down = down or outcome.down
                 delay = max(delay, min(outcome.retry_after or 0.0, RETRY_AFTER_LIMIT))
-        pending.attempts += 1
         splits, follow = self._give_up(message, pending, lost, now)
         if late:
             # Who asked for it to come back is told, whatever becomes of other failures of this sink.
@@ -470,7 +518,7 @@ class Queue:
             kind: bounce.Kind = "relayed" if lane is not None and lane.settings.relays else "delivered"
             follow.append(self._report(kind, message, relayed, now))
         if len(again) < len(pending.recipients):
-            pending.recipients = tuple(index for index, _outcome in again)
+            pending.recipients = tuple(index for index, _outcome in again) if again else ()
             pending.part += 1
         if again:
             own = self._retry[min(pending.attempts, len(self._retry)) - 1]
@@ -570,7 +618,8 @@ class Queue:
 
     # ----------------------------------------------------------------- tries
 
-    def _start(self, lane: Lane, message: Message, pending: Pending, ticket: Waiting | None) -> None:
+    def _start(self, lane: Lane, message: Message, pending: Pending, ticket: Waiting | None, now: float) -> None:
+        """``now``: loop time."""
         lane.out += 1
         recipients = message.envelope.recipients
         chosen = recipients if len(pending.recipients) == len(recipients) else [recipients[index] for index in pending.recipients]
@@ -580,16 +629,16 @@ class Queue:
             chosen,
             pending.sink,
             pending.attempts + 1,
-            partial(self._settled, lane, pending, ticket, self._loop.time()),
+            _Try(self, lane, pending, ticket, now),
             self.clock() - message.received_at,
         )
-        self._observer.event("attempted", id=message.id, delivery=delivery.id, sink=pending.sink, attempt=delivery.attempt)
+        self._observer.tell("attempted", {"id": message.id, "delivery": delivery.id, "sink": pending.sink, "attempt": delivery.attempt})
         lane.sink.start(delivery)
 
     def _settled(
         self, lane: Lane, pending: Pending, ticket: Waiting | None, started: float, delivery: Delivery, outcomes: Sequence[Outcome]
     ) -> None:
-        now = self._loop.time()
+        now = self._time()
         lane.out -= 1
         seconds = now - started
         lane.latency += (seconds - lane.latency) * 0.2
@@ -601,7 +650,7 @@ class Queue:
             self.conclude(delivery.message, pending, outcomes)
         if self._closing:
             self._rest()
-        elif lane.waiting or lane.ready or lane.earliest != float("inf"):
+        elif lane.waiting or lane.hoping or lane.ready or lane.earliest != NEVER:
             self._pump(lane)
 
     def _rest(self) -> None:
@@ -612,10 +661,10 @@ class Queue:
     def conclude(self, message: Message, pending: Pending, outcomes: Sequence[Outcome]) -> None:
         """A try of a stored row ended: mark what became of it."""
         lane = self._tried_by(pending)
-        splits, follow = self.judge(message, pending, outcomes, self.clock())
-        self._spool.mark(Mark(pending, splits, follow, partial(self._marked, lane, pending, follow, self._loop.time())))
+        splits, follow = self.judge(message, pending, outcomes)
+        self._spool.mark(Mark(pending, list(splits), list(follow), partial(self._marked, lane, pending, follow, self._time())))
 
-    def _marked(self, lane: Lane | None, pending: Pending, follow: list[Row], ended: float) -> None:
+    def _marked(self, lane: Lane | None, pending: Pending, follow: Sequence[Row], ended: float) -> None:
         """``ended``: loop time of what is marked now."""
         if lane is not None:
             if pending.down and not lane.down and ended <= lane.up_since:
@@ -629,29 +678,35 @@ class Queue:
 
     def _tell(self, delivery: Delivery, outcomes: Sequence[Outcome], seconds: float) -> None:
         first = outcomes[0]
-        if all(outcome is first for outcome in outcomes):
-            groups = [(first, len(outcomes))]
-        else:
-            groups = []
-            for outcome in outcomes:
-                for place, (known, count) in enumerate(groups):
-                    if known.state == outcome.state and known.reply == outcome.reply:
-                        groups[place] = (known, count + 1)
-                        break
-                else:
-                    groups.append((outcome, 1))
+        if len(outcomes) == 1 or all(outcome is first for outcome in outcomes):
+            self._tell_one(delivery, first, len(outcomes), seconds)
+            return
+        groups: list[tuple[Outcome, int]] = []
+        for outcome in outcomes:
+            for place, (known, count) in enumerate(groups):
+                if known.state == outcome.state and known.reply == outcome.reply:
+                    groups[place] = (known, count + 1)
+                    break
+            else:
+                groups.append((outcome, 1))
         for outcome, count in groups:
-            self._observer.event(
-                outcome.state,
-                id=delivery.message.id,
-                delivery=delivery.id,
-                sink=delivery.sink,
-                recipients=count,
-                remote=outcome.remote,
-                reply=str(outcome.reply),
-                attempt=delivery.attempt,
-                seconds=seconds,
-            )
+            self._tell_one(delivery, outcome, count, seconds)
+
+    def _tell_one(self, delivery: Delivery, outcome: Outcome, count: int, seconds: float) -> None:
+        """``count`` recipients had this outcome."""
+        self._observer.tell(
+            outcome.state,
+            {
+                "id": delivery.message.id,
+                "delivery": delivery.id,
+                "sink": delivery.sink,
+                "recipients": count,
+                "remote": outcome.remote,
+                "reply": str(outcome.reply),
+                "attempt": delivery.attempt,
+                "seconds": seconds,
+            },
+        )
 
     def _weigh(self, lane: Lane, outcomes: Sequence[Outcome], started: float, now: float) -> None:
         """What the outcomes say about the sink as a whole."""
@@ -676,8 +731,10 @@ class Queue:
                 self._observer.event("sink_down", sink=lane.sink.name, reason=f"paused by the far side: {outcome.reply}")
             return
         if lane.down:
-            if started < lane.down_since:
-                return  # went out with the others, before the first of them failed
+            if started < max(lane.down_since, lane.next_probe):
+                # No probe: it went out with the others, or was being loaded when the first of them failed.
+                self._arm(lane)
+                return
         elif lane.succeeded > started:
             # One message that a healthy sink chokes on must not stop the others: a success
             # that came after this try began says that the sink is up.
@@ -734,7 +791,7 @@ class Queue:
     def _arm(self, lane: Lane) -> None:
         """Wake the lane when something can happen next. Where only an outcome can make room,
         nothing is armed: the outcome pumps."""
-        now = self._loop.time()
+        now = self._time()
         if self._closing or lane.gone or lane.out >= lane.settings.concurrency:
             return
         if lane.waiting:
@@ -744,12 +801,12 @@ class Queue:
         elif lane.down:
             wait = lane.next_probe - now
             if lane.dormant:
-                if lane.earliest == float("inf"):
+                if lane.earliest == NEVER:
                     return
                 wait = max(wait, lane.earliest - self.clock())
         elif lane.ready:
             wait = 0.0
-        elif lane.earliest == float("inf"):
+        elif lane.earliest == NEVER:
             return
         else:
             wait = lane.earliest - self.clock()
@@ -770,27 +827,34 @@ class Queue:
         """The spool could not be read: soon again."""
         lane.earliest = min(lane.earliest, self.clock() + READ_AGAIN)
         if lane.down:
-            lane.next_probe = max(lane.next_probe, self._loop.time() + READ_AGAIN)
+            lane.next_probe = max(lane.next_probe, self._time() + READ_AGAIN)
         self._arm(lane)
 
     def _pump(self, lane: Lane) -> None:
         """Start what can start; ask the spool for more where there is room."""
         if self._closing or lane.gone:
             return
-        while lane.waiting and lane.room(now := self._loop.time()):
+        while lane.waiting and lane.room(now := self._time()):
             first = lane.waiting.popleft()
             lane.charge(now)
-            self._start(lane, first.message, first.pending, first.ticket)
-        while lane.ready and lane.free(now := self._loop.time()):
+            self._start(lane, first.message, first.pending, first.ticket, now)
+        while (lane.ready or (lane.hoping and not lane.down)) and lane.free(now := self._time()):
             lane.charge(now)
-            lane.out += 1  # the place is taken while the message is loaded
-            self._spawn(self._carry(lane, lane.ready.popleft()))
+            # In turn: new mail does not keep the backlog waiting, nor does that send all new mail after it, into the spool.
+            lane.fresh = not lane.ready or not (lane.fresh or lane.down or lane.ready[0].priority > 0)
+            if lane.fresh and lane.hoping:
+                _, first = lane.hoping.popitem(last=False)
+                self._start(lane, first.message, first.pending, first.ticket, now)
+            else:
+                lane.out += 1  # the place is taken while the message is loaded
+                self._spawn(self._carry(lane, lane.ready.popleft()))
         if lane.ready:
             self._arm(lane)
             return
         if lane.refilling:
             return
-        if lane.free(self._loop.time()) and (lane.down or lane.earliest <= self.clock()):
+        # Those who hope for a place leave none free: what is due is read ahead all the same, or it would not have its turn.
+        if (lane.free(self._time()) or (lane.hoping and not lane.down)) and (lane.down or lane.earliest <= self.clock()):
             lane.refilling = True
             self._spawn(self._refill(lane))
         else:
@@ -817,7 +881,7 @@ class Queue:
     async def _read_due(self, lane: Lane) -> None:
         now = self.clock()
         name = lane.sink.name
-        lane.earliest = float("inf")
+        lane.earliest = NEVER
         lane.hurried = 0
         # A probe takes a row that is due, or else one that waits for the sink.
         down = lane.down
@@ -878,7 +942,7 @@ class Queue:
             self._expire(message, pending)
             self._pump(lane)
             return
-        self._start(lane, message, pending, None)
+        self._start(lane, message, pending, None, self._time())
 
     def _expire(self, message: Message, pending: Pending) -> None:
         """Its time is over without another try."""
@@ -905,7 +969,7 @@ class Queue:
         pending.expires_at = message.expires_at
         follow = self._delayed(message, [(index, outcome) for index in pending.recipients], now)
         lane = self._tried_by(pending)
-        self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow, self._loop.time())))
+        self._spool.mark(Mark(pending, [], follow, partial(self._marked, lane, pending, follow, self._time())))
 
     def _sweep(self) -> None:
         """What does not come to its turn is given up in time all the same, or its sender told."""
@@ -997,3 +1061,20 @@ def _last_said(pending: Pending) -> Reply | None:
 def _too_late(last: Reply) -> Reply:
     """RFC 2852: what did not arrive in time is undeliverable, 5.4.7, whatever kept it."""
     return EXPIRED if last is EXPIRED else Reply.untrusted(554, f"5.4.7 {EXPIRED.text}; last: {last}")
+
+
+@mypyc_attr(free_list_len=1)
+class _Try:
+    """What a delivery settles: the queue's books on it."""
+
+    __slots__ = ("_lane", "_pending", "_queue", "_started", "_ticket")
+
+    def __init__(self, queue: Queue, lane: Lane, pending: Pending, ticket: Waiting | None, started: float) -> None:
+        self._queue = queue
+        self._lane = lane
+        self._pending = pending
+        self._ticket = ticket
+        self._started = started
+
+    def __call__(self, delivery: Delivery, outcomes: Sequence[Outcome]) -> None:
+        self._queue._settled(self._lane, self._pending, self._ticket, self._started, delivery, outcomes)

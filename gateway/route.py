@@ -12,19 +12,22 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from typing import Literal
+from typing import Final, Literal
 
 from .message import Client
 from .reply import Reply
 
 Network = IPv4Network | IPv6Network
 
-RELAYING_DENIED = Reply(550, "5.7.1", "no route for this recipient")
-NO_SUCH_MAILBOX = Reply(550, "5.1.1", "no such mailbox")
-ODD_LOCAL_PART = Reply(550, "5.7.1", "local parts with %, ! or @ are not relayed")
+#: Pairs of a route and a client's address that are remembered, at most.
+ADDRESSES_KNOWN: Final = 4096
+
+RELAYING_DENIED: Final = Reply(550, "5.7.1", "no route for this recipient")
+NO_SUCH_MAILBOX: Final = Reply(550, "5.1.1", "no such mailbox")
+ODD_LOCAL_PART: Final = Reply(550, "5.7.1", "local parts with %, ! or @ are not relayed")
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Route:
     """One ``[[routes]]`` entry, ready for use.
 
@@ -51,9 +54,13 @@ class Route:
             return False
         if self.clients is None:
             return True
-        address = ip_address(client.ip or "127.0.0.1")
+        return self.covers(client.ip or "127.0.0.1")
+
+    def covers(self, ip: str) -> bool:
+        """Is this address among ``clients``?"""
+        address = ip_address(ip)
         mapped = getattr(address, "ipv4_mapped", None)
-        return any((mapped or address) in network or address in network for network in self.clients)
+        return self.clients is None or any((mapped or address) in network or address in network for network in self.clients)
 
     @property
     def domains_in_full(self) -> bool:
@@ -67,10 +74,13 @@ class Routes:
 
     def __init__(self, routes: Sequence[Route], hostname: str) -> None:
         self.routes = tuple(routes)
+        #: By route: whether its ``clients`` hold an address. Asked for every recipient, and slow to find out.
+        self._known: list[dict[str, bool]] = [{} for _ in self.routes]
         self.hostname = hostname.lower()
         # Most patterns are "user@domain" or "*@domain": those cost a dict look-up.
         self._exact: dict[str, list[int]] = {}
         self._domain: dict[str, list[int]] = {}
+        self._everybody: list[int] = []
         self._other: list[tuple[int, re.Pattern[str]]] = []
         for number, route in enumerate(self.routes):
             for pattern in route.recipients:
@@ -89,7 +99,7 @@ class Routes:
         elif local == "*" and "*" not in domain:
             self._domain.setdefault(domain, []).append(number)
         elif pattern == "*":
-            self._other.append((number, re.compile("", re.DOTALL)))
+            self._everybody.append(number)
         else:
             inner = ".*".join(re.escape(piece) for piece in local.split("*"))
             outer = "[^@]*".join(re.escape(piece) for piece in domain.split("*"))
@@ -103,14 +113,17 @@ class Routes:
         them make no difference."""
         domain = domain or self.hostname
         plain = _unquoted(local).lower()
-        numbers = set(self._exact.get(f"{plain}@{domain}", ()))
-        numbers.update(self._domain.get(domain, ()))
+        numbers = self._everybody
+        if self._exact:
+            numbers = _both(numbers, self._exact.get(f"{plain}@{domain}"))
+        if self._domain:
+            numbers = _both(numbers, self._domain.get(domain))
         if self._other:
             address = f"{plain}@{domain}"
-            numbers.update(number for number, pattern in self._other if pattern.match(address))
-        for number in sorted(numbers):
+            numbers = _both(numbers, [number for number, pattern in self._other if pattern.match(address)])
+        for number in numbers:
             route = self.routes[number]
-            if route.admits(client):
+            if self._admits(number, route, client):
                 if route.relays and not route.odd_local_parts and any(c in plain for c in "%!@"):
                     return ODD_LOCAL_PART
                 return route
@@ -118,12 +131,32 @@ class Routes:
             return NO_SUCH_MAILBOX
         return RELAYING_DENIED
 
+    def _admits(self, number: int, route: Route, client: Client) -> bool:
+        """``Route.admits``, its addresses looked up."""
+        if route.clients is None or (route.authenticated and client.user is None):
+            return route.admits(client)
+        ip = client.ip or "127.0.0.1"
+        known = self._known[number]
+        covered = known.get(ip)
+        if covered is None:
+            if len(known) * len(self._known) >= ADDRESSES_KNOWN:
+                known.clear()
+            covered = known[ip] = route.covers(ip)
+        return covered
+
     def sinks(self) -> set[str]:
         return {name for route in self.routes for name in route.sinks}
 
 
+def _both(some: list[int], more: list[int] | None) -> list[int]:
+    """Numbers of routes in either, in their order. Mostly one of the two is empty."""
+    if not more:
+        return some
+    return sorted({*some, *more}) if some else more
+
+
 def _unquoted(local: str) -> str:
-    if len(local) >= 2 and local[0] == local[-1] == '"':
+    if local.startswith('"') and local.endswith('"') and len(local) >= 2:
         return re.sub(r"\\(.)", r"\1", local[1:-1])
     return local
 

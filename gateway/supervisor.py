@@ -36,10 +36,11 @@ from . import __version__
 from .app import Gateway, Log, Place
 from .build import bind_admin, bind_all, bind_some, named
 from .config import Config, ConfigError
+from .exposition import expose
 from .net import handover, notify
 from .net.handover import Handover, HandoverError, Inheritance
 from .net.sockets import UnixSocket, spoken
-from .observe import Telemetry, expose
+from .observe import Telemetry
 from .reload import Prepared, adjust, matched, unchangeable
 
 if TYPE_CHECKING:

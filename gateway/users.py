@@ -204,7 +204,7 @@ class Service:
         self._url = config.url
         self._timeout = config.timeout
         self._signer = Signer([config.secret])
-        self._http = http_client("pyreqwest", CONNECTIONS)
+        self._http = http_client("direct", CONNECTIONS)
 
     async def judge(self, login: Login, client: Client, listener: str) -> Judgement:
         body = orjson.dumps(

@@ -31,14 +31,12 @@ def mail(
     return Message(id, envelope, stored, client, 1795374480.12, "127.0.0.1:2525", TRACE)
 
 
-class Try(Delivery):
-    """``await one.outcomes()`` waits for the settling."""
-
-    __slots__ = ("future",)
+class Try:
+    """One delivery to start; ``await one.outcomes()`` waits for the settling."""
 
     def __init__(self, message: Message, recipients: Sequence[Recipient] | None = None, id: str = "") -> None:
         self.future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
-        super().__init__(
+        self.delivery = Delivery(
             id or message.id,
             message,
             message.envelope.recipients if recipients is None else recipients,
@@ -48,7 +46,7 @@ class Try(Delivery):
         )
 
     async def outcomes(self) -> Sequence[Outcome]:
-        return await asyncio.wait_for(self.future, 20)
+        return await asyncio.wait_for(self.future, 60)
 
 
 def untried(message: Message, id: str = "") -> Delivery:
@@ -59,7 +57,7 @@ def untried(message: Message, id: str = "") -> Delivery:
 async def carried(sink: Sink, message: Message, id: str = "") -> Outcome:
     """What a sink makes of one message: the same for every recipient."""
     one = Try(message, id=id)
-    sink.start(one)
+    sink.start(one.delivery)
     outcomes = await one.outcomes()
     assert len(outcomes) == len(message.envelope.recipients)
     assert all(outcome == outcomes[0] for outcome in outcomes)

@@ -589,7 +589,7 @@ def run_live(
     host: str,
     port: int,
     cut: Cut = whole,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     accepted: Callable[[], list[Mail]] | None = None,
     certificate: Path | None = None,
 ) -> None:

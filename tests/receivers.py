@@ -30,7 +30,7 @@ class Request:
 
 @dataclass
 class Receiver:
-    """An aiohttp server on a free port. ``answers`` are given in turn, the last one repeats."""
+    """An aiohttp server on a free port. ``answers`` are given in turn, the last one repeats, each once ``gate`` is open."""
 
     answers: list[tuple[int, dict[str, str], bytes]] = field(default_factory=lambda: [(204, {}, b"")])
     requests: list[Request] = field(default_factory=list)
@@ -38,6 +38,10 @@ class Receiver:
     at_once: int = 0
     most_at_once: int = 0
     delay: float = 0.0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
 
     async def handle(self, request: web.Request) -> web.Response:
         self.at_once += 1
@@ -47,6 +51,7 @@ class Receiver:
             raw = [(name.decode(), value.decode("latin-1")) for name, value in request.raw_headers]
             self.requests.append(Request(str(request.rel_url), raw, body))
             await asyncio.sleep(self.delay)
+            await self.gate.wait()
         finally:
             self.at_once -= 1
         status, headers, answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -60,7 +65,8 @@ async def receiving(*answers: tuple[int, dict[str, str], bytes]) -> AsyncIterato
         receiver.answers = list(answers)
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{path:.*}", receiver.handle)
-    runner = web.AppRunner(app)
+    # Who is still answering at the end is not waited for.
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -311,14 +317,22 @@ async def endless_body(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
         await writer.drain()
 
 
+#: Connections into which something will be laid that nobody asked for.
+ABOUT_TO_LAY: set[asyncio.StreamWriter] = set()
+
+
 async def answers_what_was_never_asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Keep-alive desync: a 200 on the idle connection must not answer the next request."""
-    await read_request(reader)
-    writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
-    await writer.drain()
-    await asyncio.sleep(0.05)
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
-    await writer.drain()
+    ABOUT_TO_LAY.add(writer)
+    try:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+    finally:
+        ABOUT_TO_LAY.discard(writer)
     await read_request(reader)
     await asyncio.sleep(60)
 

@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -29,8 +31,8 @@ from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).parent.parent
-#: Seconds a test waits for something that should come at once.
-PATIENCE = 20.0
+#: Seconds a test waits for something that should come at once: for ever, but a test that fails must end.
+PATIENCE = 60.0
 #: Debian keeps Postfix out of an ordinary PATH.
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
@@ -193,6 +195,16 @@ class GatewayProcess:
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+    def spare(self, count: int) -> None:
+        """Leaves it just so many descriptors, below a limit that counts numbers, not files."""
+        used: set[int] = set()
+        while used != (used := {int(name) for name in os.listdir(f"/proc/{self.pid}/fd")}):
+            time.sleep(0.2)  # one that was open for a moment would count as one more to spare
+        free = (number for number in itertools.count() if number not in used)
+        limit = next(itertools.islice(free, count, None))
+        hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (limit, hard))
 
     def stop(self, timeout: float = PATIENCE) -> int:
         """SIGTERM, then its exit code."""
@@ -374,6 +386,13 @@ class Upstream:
         self._server = Server(("127.0.0.1", port), Talking)
         self.port = int(self._server.server_address[1])
         self.address = f"127.0.0.1:{self.port}"
+
+    def accept(self) -> socket.socket:
+        """The next connection, as long as this is not entered: nobody talks on it."""
+        ready, _, _ = select.select([self._server.socket], [], [], PATIENCE)
+        if not ready:
+            raise TimeoutError(f"nobody connected within {PATIENCE:.0f} s")
+        return self._server.socket.accept()[0]
 
     def wait(self, count: int, timeout: float = PATIENCE) -> list[Taken]:
         wait_until(lambda: len(self.taken) >= count, f"{count} mails", timeout)
@@ -570,6 +589,7 @@ class SmtpSink:
 
     port: int
     folder: Path
+    pid: int
 
     @property
     def address(self) -> str:
@@ -578,10 +598,16 @@ class SmtpSink:
     def wait(self, count: int, timeout: float = PATIENCE) -> list[bytes]:
         """The contents as dumped: line ends are LF, and its own ``X-…`` fields and ``Received`` are gone."""
 
-        wait_until(lambda: len(list(self.folder.iterdir())) >= count, f"{count} mails at smtp-sink", timeout)
-        # The reply follows the last write, but nothing orders it before our look.
-        time.sleep(0.1)
+        wait_until(lambda: len(list(self.folder.iterdir())) >= count and not self._writes(), f"{count} mails at smtp-sink", timeout)
         return [_dumped(path.read_bytes()) for path in sorted(self.folder.iterdir())]
+
+    def _writes(self) -> bool:
+        """A file is there from MAIL on, and holds next to nothing until the end of data closes it."""
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if descriptor.readlink().is_relative_to(self.folder.resolve()):
+                    return True
+        return False
 
 
 def _dumped(octets: bytes) -> bytes:
@@ -608,7 +634,7 @@ def smtp_sink(folder: Path, *options: str) -> Iterator[SmtpSink]:
     )
     try:
         wait_until(lambda: reachable(port), "smtp-sink")
-        yield SmtpSink(port, dumps)
+        yield SmtpSink(port, dumps, process.pid)
     finally:
         process.terminate()
         process.wait(PATIENCE)
@@ -761,3 +787,14 @@ def maildir(folder: Path) -> list[bytes]:
     """The mails in a Maildir, in the order of their names."""
     new = folder / "new"
     return [path.read_bytes() for path in sorted(new.iterdir())] if new.is_dir() else []
+
+
+def mails(folder: Path, count: int) -> list[bytes]:
+    """The mails in a Maildir, as soon as there are as many as that, and no more than that.
+
+    A 250 does not say that a mail is there already: where the disk needed longer than `spool.hold`, it is stored and goes on later.
+    """
+    wait_until(lambda: len(maildir(folder)) >= count, f"{count} mails in {folder}")
+    found = maildir(folder)
+    assert len(found) == count, found
+    return found

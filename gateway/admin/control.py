@@ -21,6 +21,8 @@ from typing import Any
 
 import orjson
 
+from ..sayable import OPTION, sayable
+
 #: The socket's name in its shard folder.
 NAME = "control.sock"
 #: Octets that a question may have.
@@ -87,7 +89,7 @@ class Control:
         except (orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
             return _refusal("no such operation")
         try:
-            return orjson.dumps({"ok": True, "result": await operation(**question)})
+            return orjson.dumps({"ok": True, "result": await operation(**question)}, default=sayable, option=OPTION)
         except Exception as error:
             return _refusal(str(error) or type(error).__name__)
 

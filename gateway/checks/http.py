@@ -33,6 +33,7 @@ from ..net.addresses import not_public
 from ..net.http import Answer, HttpFault, http_client
 from ..net.signature import Signer
 from ..reply import Reply
+from ..sayable import OPTION, sayable
 
 if TYPE_CHECKING:
     from ..config import HttpCheckConfig
@@ -54,7 +55,7 @@ class HttpCheck:
         self._timeout = config.timeout
         self._accepts = config.on_error == "accept"
         self._signer = Signer([config.secret])
-        self._http = http_client("pyreqwest", CONNECTIONS, not_public if config.addresses == "public" else None)
+        self._http = http_client("direct", CONNECTIONS, not_public if config.addresses == "public" else None)
 
     async def judge(self, question: Question) -> Verdict:
         deadline = asyncio.get_running_loop().time() + self._timeout
@@ -86,13 +87,20 @@ class HttpCheck:
             "recipient": {"address": recipient.address, "params": recipient.params} if recipient is not None else None,
             "message": message,
         }
-        return orjson.dumps(asked, default=str, option=orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(asked, default=_plain, option=orjson.OPT_NON_STR_KEYS | OPTION)
 
     def _broken(self, reason: str) -> Verdict:
         return Verdict(None if self._accepts else UNAVAILABLE, {"error": reason[:200]})
 
     async def close(self) -> None:
         await self._http.close()
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return sayable(value)
+    except TypeError:
+        return str(value)
 
 
 def _message_facts(message: Message) -> dict[str, Any]:

@@ -10,7 +10,7 @@ linear in their size. Large contents belong in a thread all the same.
 
 from __future__ import annotations
 
-from ..message import Message
+from ..message import Message, read_with
 from .fields import Mailbox
 from .parts import Attachment, Parsed, parse
 
@@ -22,4 +22,4 @@ def parse_message(message: Message) -> Parsed:
     return parse(message.content)
 
 
-Message.reader = staticmethod(parse_message)
+read_with(parse_message)

@@ -17,6 +17,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Final
 
 from .words import Problems, decode_words, text_of
 
@@ -27,10 +28,10 @@ SEGMENT_LIMIT, PARAMETER_LIMIT = 1000, 1000
 #: Tokens of all address fields of one name; nesting of comments.
 TOKEN_LIMIT, NESTING_LIMIT = 10_240, 50
 
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
+_FIELD: Final = re.compile(rb"([!-9;-~]+)[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)(?:\n|\Z)")
 
 
-@dataclass(slots=True)
+@dataclass
 class Mailbox:
     """One mailbox (RFC 5322 §3.4): ``name`` decoded, ``""`` if there is none; ``address`` as written."""
 
@@ -38,7 +39,7 @@ class Mailbox:
     address: str
 
 
-@dataclass(slots=True)
+@dataclass
 class Section:
     """A header section: ``(name as sent, unfolded value)``, and where the body begins.
 
@@ -89,7 +90,7 @@ def read_section(
             problems.note(f"{where}: a line that is no header field, read over")
             stray = -1
         value = match[2]
-        if b"\n" in value:
+        if value.find(b"\n") >= 0:
             value = value.replace(b"\r\n", b"").replace(b"\n", b"")
         fields.append((match[1].decode("ascii"), value.strip(b" \t\r")))
         at = body = match.end()
@@ -113,9 +114,9 @@ def is_delimiter(line: bytes, delimiters: Container[bytes]) -> bool:
 #: Matches everywhere: what is no "name=value" is gone over up to the next semicolon. Nothing is given
 #: back that was once taken: a long row of semicolons would cost its length for each of them.
 _PARAMETER = re.compile(r'[\s;]*+(?:([^\s=;"]++)\s*+(?:=\s*+("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)|(?=;|\Z))|[^;]*+)', re.DOTALL)
-_SECTIONED = re.compile(r"([^*]+)\*(?:(\d{1,9})(\*)?)?\Z")
-_ESCAPED = re.compile(r'\\(["\\])')
-_PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
+_SECTIONED: Final = re.compile(r"([^*]+)\*(?:(\d{1,9})(\*)?)?\Z")
+_ESCAPED: Final = re.compile(r'\\(["\\])')
+_PERCENT: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
 def parameters(value: str, problems: Problems, where: str) -> tuple[str, dict[str, str]]:
@@ -188,19 +189,19 @@ _TOKENS = (
     r'|(?P<text>[^ \t\r\n"<>,;:()@\[]+)'
     r"|(?P<other>.)"
 )
-_TOKEN = re.compile(_QUOTED + _TOKENS, re.DOTALL)
+_TOKEN: Final = re.compile(_QUOTED + _TOKENS, re.DOTALL)
 #: Behind a quote that nothing closes no other is closed: looking again would cost its length each time.
-_TOKEN_WITHOUT_QUOTES = re.compile(_TOKENS, re.DOTALL)
+_TOKEN_WITHOUT_QUOTES: Final = re.compile(_TOKENS, re.DOTALL)
 #: A whole mailbox of the usual kinds, its comma included: "name" <address>, name <address>, address.
-_USUAL = re.compile(
+_USUAL: Final = re.compile(
     r"""[ ]*(?:(?:"([^"\\]*)"[ ]*|([^"\\<>,;:()@\[\]\t\r\n]*))<([^\s"\\<>,;:()@\[\]]+@[^\s"\\<>,;:()@\[\]]+)>"""
     r"""|([^\s"\\<>,;:()@\[\]]+@[^\s"\\<>,;:()@\[\]]+))[ ]*(?:,|\Z)"""
 )
 #: What such a mailbox counts for in tokens.
-_USUAL_TOKENS = 8
-_UNQUOTED = re.compile(r"\\(.)", re.DOTALL)
-_SPACES = re.compile(r"[ \t\r\n]+")
-_COMMENT = re.compile(r"\\.|[()]", re.DOTALL)
+_USUAL_TOKENS: Final = 8
+_UNQUOTED: Final = re.compile(r"\\(.)", re.DOTALL)
+_SPACES: Final = re.compile(r"[ \t\r\n]+")
+_COMMENT: Final = re.compile(r"\\.|[()]", re.DOTALL)
 
 
 class _Reading:
@@ -388,7 +389,7 @@ def mailboxes(values: list[str], problems: Problems, where: str) -> list[Mailbox
 
 # --------------------------------------------------------------- dates and ids
 
-_ID = re.compile(r"<([^<>]*)>")
+_ID: Final = re.compile(r"<([^<>]*)>")
 
 
 def date(value: str, problems: Problems) -> datetime | None:

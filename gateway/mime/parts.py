@@ -17,6 +17,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from .fields import FIELD_LIMIT, Mailbox, date, ids, mailboxes, parameters, read_section
 from .words import Problems, base64_octets, decode_words, field_text, quoted_printable_octets, text_of
@@ -30,10 +31,10 @@ PARAMETERS = 10_000
 #: Lines that begin with "--" and are no delimiter: so many, and one more per so many octets.
 STRAY_LIMIT, STRAY_SHARE = 10_000, 64
 
-_TYPE = re.compile(r"\s*([^\s/;()<>@,\\\":=\[\]?]+)/([^\s/;()<>@,\\\":=\[\]?]+)")
+_TYPE: Final = re.compile(r"\s*([^\s/;()<>@,\\\":=\[\]?]+)/([^\s/;()<>@,\\\":=\[\]?]+)")
 
 
-@dataclass(slots=True)
+@dataclass
 class Attachment:
     """A part that is not the text or the html of the message.
 
@@ -56,7 +57,7 @@ class Attachment:
         return hashlib.sha256(self.content).hexdigest()
 
 
-@dataclass(slots=True)
+@dataclass
 class Parsed:
     """A message taken apart; field by field what the standard webhook body tells.
 
@@ -131,10 +132,10 @@ def _read_fields(parsed: Parsed, fields: list[tuple[str, bytes]], problems: Prob
     parsed.references = ids(first.get("references", ""))
 
 
-_FIRST = {"subject", "date", "message-id", "in-reply-to", "references"}
+_FIRST: Final = frozenset(("subject", "date", "message-id", "in-reply-to", "references"))
 
 
-@dataclass(slots=True)
+@dataclass
 class _Multipart:
     """A multipart whose delimiters are looked for. ``kind``: type of parts that say none."""
 
@@ -145,7 +146,7 @@ class _Multipart:
     seen: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class _Leaf:
     """A part whose end is not found yet."""
 
@@ -349,4 +350,4 @@ class _Body:
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-_OURS = {"content-type", "content-transfer-encoding", "content-disposition", "content-id"}
+_OURS: Final = frozenset(("content-type", "content-transfer-encoding", "content-disposition", "content-id"))

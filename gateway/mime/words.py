@@ -18,13 +18,16 @@ import binascii
 import encodings.aliases
 import re
 from itertools import islice
+from typing import Final
+
+from mypy_extensions import mypyc_attr
 
 #: Problems told of one message, and characters of each.
 PROBLEMS, PROBLEM_LENGTH = 50, 200
 #: Encoded words of one text.
-WORD_LIMIT = 10_000
+WORD_LIMIT: Final = 10_000
 #: Broken escapes after which quoted-printable is taken to be something else.
-BROKEN_ESCAPES = 1000
+BROKEN_ESCAPES: Final = 1000
 
 _REFUSED = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "unicode_internal", "mbcs", "oem", "rot_13"}
 _REFUSED |= {"base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "uu_codec", "zlib_codec"}
@@ -65,19 +68,20 @@ _WIDER = {
     "iso2022_jp": "iso2022_jp_ext",
     "euc_jp": "euc_jis_2004",
 }
-_SEPARATORS = re.compile(r"[^0-9a-z.]+")
-_C1 = re.compile(rb"[\x80-\x9f]")
-_WORD = re.compile(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bBqQ])\?")
+_SEPARATORS: Final = re.compile(r"[^0-9a-z.]+")
+_C1: Final = re.compile(rb"[\x80-\x9f]")
+_WORD: Final = re.compile(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bBqQ])\?")
 #: An "=" of quoted-printable that is neither an escape nor a soft line break.
-_BROKEN = re.compile(rb"=(?![0-9A-Fa-f]{2}|\r?\n|\Z)")
-_SPACED_BREAK = re.compile(rb"=[ \t]+(?=\r?\n)")
-_NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
+_BROKEN: Final = re.compile(rb"=(?![0-9A-Fa-f]{2}|\r?\n|\Z)")
+_SPACED_BREAK: Final = re.compile(rb"=[ \t]+(?=\r?\n)")
+_NOT_BASE64: Final = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
 #: Octets of base64 that are decoded in one call.
-_PIECE = 1 << 20
+_PIECE: Final = 1 << 20
 #: Octets of quoted-printable whose spaced breaks are taken out at a time.
-_LINES = 1 << 16
+_LINES: Final = 1 << 16
 
 
+@mypyc_attr(native_class=False)
 class Problems(list[str]):
     """What was broken and how it was taken: short, each once, and not without end."""
 

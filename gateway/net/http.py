@@ -1,4 +1,4 @@
-"""HTTP POST, the only request we make: one small interface, two libraries behind it.
+"""HTTP POST, the only request we make: one small interface, our own client (``direct``) and two libraries behind it.
 
 Owns pools, the total deadline, the bound on answers. Knows no mail and no status: a 2xx and a
 500 are both an ``Answer``. Redirects are never followed, nothing is decompressed, no proxy is
@@ -6,14 +6,13 @@ taken from the environment.
 
 A client can be given a judge of addresses (``refusal``). It is asked once for each connection, of
 the very address that is connected to next, whether that came from a name, from a number in
-any notation, or from a name that had another address a moment ago. Only aiohttp lets us look
-there: its connector takes a factory of sockets, which sees the resolved address; pyreqwest has
-no such place.
+any notation, or from a name that had another address a moment ago. pyreqwest has no place to look
+there; aiohttp's connector takes a factory of sockets, which sees the resolved address.
 
 Invariants: ``post`` returns by its deadline. Every fault of the transport, whatever a library
 calls it, is one ``HttpFault``: the far side may or may not have had the request. A broken,
-cut or late answer is a fault even if its status was read; of an answer that is whole or over
-``ANSWER_LIMIT`` at most that much is kept. Certificates are verified by the system's store
+cut or late answer is a fault even if its status was read; one over ``ANSWER_LIMIT`` is an answer:
+that much of it is kept, the rest is not read, and the connection is not used again. Certificates are verified by the system's store
 (``SSL_CERT_FILE`` moves it).
 
 RFC 9110, RFC 9112. The libraries are imported with the first client that needs them.
@@ -40,11 +39,13 @@ KEPT_HEADERS = ("retry-after", "content-type")
 #: Octets in memory up to which a body is handed over whole.
 WHOLE = 256 * 1024
 
+#: What ``client`` can be in the configuration.
+Kind = Literal["direct", "pyreqwest", "aiohttp"]
 Headers = Sequence[tuple[str, str]]
 Body = bytes | Iterable[bytes] | AsyncIterable[bytes]
 
 
-class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of ours)
+class HttpFault(Exception):  # noqa: N818 (a fault by the project's word: far side, policy or closing, never a bug of ours)
     """No whole answer. ``reason``: short, without the URL. ``late``: the deadline passed.
     ``forbidden``: the address must not be connected to (our policy's word, or a firewall's on this
     machine), and nothing was sent."""
@@ -59,8 +60,10 @@ class HttpFault(Exception):  # noqa: N818 (the far side's fault, not an error of
 @dataclass(slots=True)
 class Answer:
     """``headers``: those of ``KEPT_HEADERS`` that were given, first value each. ``body``: its first
-    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where that was not all. ``early``: it
-    came before all of the request's body had left us, so its sender cannot have had it."""
+    ``ANSWER_LIMIT`` octets, as they came. ``whole``: False where it had more; nobody looked whether it ended
+    well then, and its status counts all the same. ``early``: it came before all of the request's body had left us,
+    so its sender cannot have had it. ``direct`` sees that but for the last 64 KiB on Linux (its docstring says what
+    elsewhere); the libraries see what they took from us, which may lie in buffers of theirs and of the kernel."""
 
     status: int
     headers: dict[str, str]
@@ -78,18 +81,26 @@ class HttpClient(Protocol):
         A body that is no ``bytes`` wants a ``content-length`` among the headers. Raises HttpFault;
         ValueError for a URL or a header that HTTP cannot carry."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """For good: what is posted afterwards is an HttpFault, and nothing is sent."""
 
 
 #: Why a numeric address is not connected to; None: it may be.
 Refusal = Callable[[str], str | None]
 
 
-def http_client(kind: Literal["pyreqwest", "aiohttp"], connections: int, refusal: Refusal | None = None) -> HttpClient:
-    """A client. ``connections``: requests out at once, and (pyreqwest alone) idle connections kept.
-    ``refusal`` judges every address before it is connected to (``addresses.not_public``), and makes
-    it aiohttp, whatever ``kind`` says."""
-    return _Pyreqwest(connections) if kind == "pyreqwest" and refusal is None else _Aiohttp(connections, refusal)
+def http_client(kind: Kind, connections: int, refusal: Refusal | None = None, standing: Headers = ()) -> HttpClient:
+    """A client. ``connections``: requests out at once, and (not with aiohttp) idle connections kept.
+    ``standing``: header fields of every request, before its own.
+    ``refusal`` judges every address before it is connected to (``addresses.not_public``); pyreqwest, which
+    cannot ask it, becomes direct then."""
+    if kind == "aiohttp":
+        return _Aiohttp(connections, refusal, standing)
+    if kind == "pyreqwest" and refusal is None:
+        return _Pyreqwest(connections, standing)
+    from .direct import DirectClient
+
+    return DirectClient(connections, refusal, standing)
 
 
 def shown(url: str) -> str:
@@ -122,15 +133,17 @@ def _slices(body: bytes) -> Iterable[bytes]:
 
 
 class _Pyreqwest:
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, standing: Headers) -> None:
         from pyreqwest.client import ClientBuilder
         from pyreqwest.exceptions import PyreqwestError
         from pyreqwest.http import Url
 
+        self._standing = standing
         self._parse_url = Url
         self._url = ("", Url("http://localhost/"))
         self._fault = PyreqwestError
         self._gate = asyncio.Semaphore(connections)
+        self._closed = False
         builder = ClientBuilder().http1_only().http1_lower_case_headers().follow_redirects(False).referer(False).no_proxy()
         builder = builder.gzip(False).brotli(False).zstd(False).deflate(False)
         self._client: Client = builder.pool_max_idle_per_host(connections).build()
@@ -148,10 +161,12 @@ class _Pyreqwest:
             raise HttpFault("no answer in time", late=True) from None
 
     async def _exchange(self, url: str, headers: Headers, body: Body) -> Answer:
+        if self._closed:
+            raise HttpFault("the client is closed")
         if self._url[0] != url:
             # A client is asked for the same URL nearly always, and taking it apart is not cheap.
             self._url = (url, self._parse_url(url))
-        request = self._client.post(self._url[1]).headers(headers)
+        request = self._client.post(self._url[1]).headers([*self._standing, *headers])
         departing = None
         if isinstance(body, bytes):
             request = request.body_bytes(body)
@@ -162,14 +177,15 @@ class _Pyreqwest:
             reader = response.body_reader
             pieces: list[bytes] = []
             size = 0
-            while size < ANSWER_LIMIT and (piece := await reader.read_chunk()) is not None:
+            while size <= ANSWER_LIMIT and (piece := await reader.read_chunk()) is not None:
                 pieces.append(bytes(piece))
                 size += len(pieces[-1])
             kept = {name: value for name in KEPT_HEADERS if (value := response.get_header(name)) is not None}
             early = departing is not None and departing.left > 0
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size <= ANSWER_LIMIT, early)
 
     async def close(self) -> None:
+        self._closed = True
         await self._client.close()
 
 
@@ -181,16 +197,18 @@ def _innermost(fault: Exception) -> str:
 
 
 class _Aiohttp:
-    def __init__(self, connections: int, refusal: Refusal | None) -> None:
+    def __init__(self, connections: int, refusal: Refusal | None, standing: Headers) -> None:
         import aiohttp
 
         from .bounded import BoundedConnector
 
         self._aiohttp = aiohttp
+        self._standing = standing
         self._connector = BoundedConnector
         self._refusal = refusal
         self._connections = connections
         self._gate = asyncio.Semaphore(connections)
+        self._closed = False
         self._session: ClientSession | None = None
 
     def _open(self) -> ClientSession:
@@ -222,9 +240,11 @@ class _Aiohttp:
 
     async def post(self, url: str, headers: Headers, body: Body, deadline: float) -> Answer:
         aiohttp = self._aiohttp
+        if self._closed:
+            raise HttpFault("the client is closed")
         if self._session is None:
             self._session = self._open()
-        given = list(headers)
+        given = [*self._standing, *headers]
         if isinstance(body, bytes) and len(body) > WHOLE:
             given.append(("content-length", str(len(body))))
             body = _slices(body)
@@ -245,6 +265,8 @@ class _Aiohttp:
             raise HttpFault(_one_line(fault)) from None
 
     async def _exchange(self, session: ClientSession, url: str, headers: Headers, body: Body) -> Answer:
+        if self._closed:
+            raise HttpFault("the client is closed")
         departing = None if isinstance(body, bytes) else _Departing(body, headers)
         sent = body if departing is None else departing.pieces()
         async with session.post(url, headers=headers, data=sent, allow_redirects=False) as response:
@@ -253,15 +275,16 @@ class _Aiohttp:
             async for piece in response.content.iter_any():
                 pieces.append(piece)
                 size += len(piece)
-                if size >= ANSWER_LIMIT:
+                if size > ANSWER_LIMIT:
                     # The rest is not read, so the connection is of no more use.
                     response.close()
                     break
             kept = {name: value for name in KEPT_HEADERS if (value := response.headers.get(name)) is not None}
             early = departing is not None and departing.left > 0
-            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size < ANSWER_LIMIT, early)
+            return Answer(response.status, kept, b"".join(pieces)[:ANSWER_LIMIT], size <= ANSWER_LIMIT, early)
 
     async def close(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None

@@ -21,23 +21,26 @@ import re
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, cast
 
 from ..message import TLS
 from .binding import BoundContext
 
 #: Octets that are given to OpenSSL at a time: its buffer grows to what it is given, and stays so.
-SLICE = 8 * 1024
+SLICE: Final = 8 * 1024
 #: Octets of plain text in one record (RFC 8446 §5.1), the most that one read gives.
-RECORD = 16 * 1024
+RECORD: Final = 16 * 1024
 
 #: Octets that may come after the handshake without any plain text among them: enough for a record
 #: that is not whole yet, or a few changes of keys, and the end of whoever sends nothing but those.
-BARREN = 64 * 1024
+BARREN: Final = 64 * 1024
 
 # The state of the connection. ENDED: the client sends no more. SHUT: neither we nor, as far as
 # we listen, the client; what still comes is passed on unread, to be counted.
-SHAKING, OPEN, ENDED, SHUT = range(4)
+SHAKING: Final = 0
+OPEN: Final = 1
+ENDED: Final = 2
+SHUT: Final = 3
 
 # Names of a subject's attributes (RFC 4514 §3); others keep OpenSSL's long name.
 _SHORT = {
@@ -70,11 +73,12 @@ class Above(Protocol):
     def resume_writing(self) -> None: ...
 
 
-class SecureTransport(asyncio.Protocol):
+class SecureTransport:
     """See the module. From its making on it has the transport; ``above`` is heard through
-    ``secured`` or ``insecure`` first."""
+    ``secured`` or ``insecure`` first. An ``asyncio.Protocol`` and an ``asyncio.Transport`` by what it can do."""
 
     __slots__ = ("_above", "_barren", "_incoming", "_outgoing", "_state", "_tls", "_transport")
+    __deletable__ = ("_above",)
 
     def __init__(self, transport: asyncio.Transport, above: Above, context: ssl.SSLContext) -> None:
         self._transport = transport
@@ -84,7 +88,7 @@ class SecureTransport(asyncio.Protocol):
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._state = SHAKING
         self._barren = 0  # octets since the last plain text
-        transport.set_protocol(self)
+        transport.set_protocol(cast(asyncio.Protocol, self))
 
     # ---------------------------------------------- what the network says to us
 
@@ -232,7 +236,8 @@ class SecureTransport(asyncio.Protocol):
         left = memoryview(data)
         try:
             while left:
-                left = left[self._tls.write(left) :]
+                written = self._tls.write(left)
+                left = left[written:]
         except ssl.SSLError as error:
             self._break(_told(error))
             return
@@ -321,5 +326,6 @@ def _escaped(value: str) -> str:
 
 def _told(error: ssl.SSLError) -> str:
     """Without OpenSSL's file and line."""
-    reason = getattr(error, "verify_message", "") or error.reason
+    # An alert that Python has no name for has no reason, whatever the type says.
+    reason = getattr(error, "verify_message", "") or getattr(error, "reason", None)
     return str(reason).lower().replace("_", " ") if reason else str(error)

@@ -20,11 +20,15 @@ class Signer:
 
     def __init__(self, secrets: Iterable[str | None]) -> None:
         self._keys = [_key(secret) for secret in secrets if secret]
+        self._second = 0
+        self._timestamp = ("webhook-timestamp", "0")
 
     def headers(self, id: str, timestamp: int, body: Iterable[bytes]) -> list[tuple[str, str]]:
         """``webhook-id``, ``webhook-timestamp`` (Unix seconds of the try) and, with a secret,
         ``webhook-signature``. ``body`` is walked through once."""
-        headers = [("webhook-id", id), ("webhook-timestamp", str(timestamp))]
+        if timestamp != self._second:
+            self._second, self._timestamp = timestamp, ("webhook-timestamp", str(timestamp))
+        headers = [("webhook-id", id), self._timestamp]
         if self._keys:
             headers.append(("webhook-signature", " ".join(self._signatures(f"{id}.{timestamp}.".encode(), body))))
         return headers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .. import mime
 from ..contracts import DELIVERED, AsyncSink, Delivery, Outcome
-from ..message import Envelope, Message
+from ..message import Envelope, Message, read_with
 from ..reply import Reply
 from .threads import Threads
 
@@ -39,7 +39,7 @@ class PythonSink(AsyncSink):
         self._timeout = config.timeout
         self._threads: Threads | None = None if _is_coroutine(config.function) else Threads(f"python-{name}", config.concurrency)
         # Message.parsed() must work in the function, whoever imported what.
-        Message.reader = staticmethod(mime.parse_message)
+        read_with(mime.parse_message)
 
     async def carry(self, delivery: Delivery) -> Sequence[Outcome]:
         call = partial(self._function, _own(delivery))

@@ -33,42 +33,43 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, BinaryIO, Final, cast
 
 from ..config import LmtpConfig, RelayConfig
 from ..contracts import BROKEN, INTERRUPTED, Delivery, Outcome
-from ..message import INLINE_LIMIT
+from ..message import INLINE_LIMIT, Message
 from ..net.tls import client_context
+from ..net.turn import Posted, Turn
 from ..reply import Reply
 from ..smtp import extensions
 from ..smtp.client import ClientSession, Event, Mail, Settled, Terms, TLSWanted, Unusable
 
 #: Seconds to connect to one host.
-CONNECT = 30.0
+CONNECT: Final = 30.0
 #: Seconds per step without a sign of life (RFC 5321 §4.5.3.2).
-STEPS = {"setup": 300.0, "command": 300.0, "content": 180.0, "answer": 600.0}
+STEPS: Final = {"setup": 300.0, "command": 300.0, "content": 180.0, "answer": 600.0}
 #: Seconds of rest after which a connection is used with caution.
-RESTED = 1.0
+RESTED: Final = 1.0
 #: Mails on one connection before it is given up, so that load finds its way to all hosts.
-MAILS = 1000
+MAILS: Final = 1000
 #: Seconds for which a host that failed is asked last.
-FAILED_FIRST, FAILED_LAST = 5.0, 60.0
+FAILED_FIRST: Final = 5.0
+FAILED_LAST: Final = 60.0
 #: Seconds in which a connection that we closed must be gone.
-LINGER = 5.0
+LINGER: Final = 5.0
 #: Seconds without TLS toward a host whose handshake failed (``tls = "opportunistic"`` only).
-CLEAR = 300.0
+CLEAR: Final = 300.0
 #: What mail with REQUIRETLS hears where the file was changed since: it says now that these hosts cannot.
-NOT_HERE = Outcome("failed", Reply(550, "5.7.30", "REQUIRETLS support required: the sink has none"))
+NOT_HERE: Final = Outcome("failed", Reply(550, "5.7.30", "REQUIRETLS support required: the sink has none"))
 
 
 class Host:
     """One upstream of a sink: ``host:port``, ``[v6]:port`` or ``unix:/path``."""
 
-    __slots__ = ("clear_until", "connections", "delay", "label", "name", "path", "port", "until")
+    __slots__ = ("clear_until", "connections", "delay", "label", "local", "name", "path", "port", "until")
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -79,15 +80,12 @@ class Host:
         else:
             name, _, port = label.rpartition(":")
             self.name, self.port = name.removeprefix("[").removesuffix("]"), int(port)
+        #: What is sent there does not leave this machine.
+        self.local = self.path is not None or self.name in ("localhost", "::1") or self.name.startswith("127.")
         self.connections = 0
         self.until = 0.0
         self.delay = 0.0
         self.clear_until = 0.0
-
-    @property
-    def local(self) -> bool:
-        """What is sent there does not leave this machine."""
-        return self.path is not None or self.name in ("localhost", "::1") or self.name.startswith("127.")
 
     def final(self, lmtp: bool) -> bool:
         """It is a mail store on this machine: the way of a mail ends there."""
@@ -107,12 +105,15 @@ class Job:
 
     __slots__ = ("began", "deadline", "delivery", "down", "last", "outcomes", "remote", "todo", "tried", "unfit", "unheard")
 
-    def __init__(self, delivery: Delivery, deadline: float) -> None:
+    def __init__(self, delivery: Delivery, now: float, deadline: float) -> None:
+        """``now``, ``deadline``: loop time."""
         self.delivery = delivery
-        self.began = time.monotonic()
+        self.began = now
         self.deadline = deadline
-        self.outcomes: list[Outcome | None] = [None] * len(delivery.recipients)
-        self.todo: Sequence[int] = range(len(delivery.recipients))
+        #: By recipient; None before any host had a word on all of them.
+        self.outcomes: list[Outcome | None] | None = None
+        #: Recipients that are still to be tried; None: all.
+        self.todo: list[int] | None = None
         self.tried: set[Host] = set()
         self.down = True
         self.last: Reply | None = None
@@ -121,33 +122,89 @@ class Job:
         self.unheard = False  # a host could not be asked whether it can
 
     def mail(self) -> Mail:
-        message = self.delivery.message
-        recipients = self.delivery.recipients
-        stored = message.stored
+        delivery = self.delivery
+        message = delivery.message
+        envelope = message.envelope
+        recipients = delivery.recipients
+        stored, trace = message.stored, message.trace
         timed = extensions.deadline(message)
-        return Mail(
-            mail_from=message.envelope.mail_from,
-            params=message.envelope.mail_params,
-            recipients=recipients if len(self.todo) == len(recipients) else [recipients[index] for index in self.todo],
-            size=len(message.trace) + stored.size,
-            eight_bit=stored.eight_bit or not message.trace.isascii(),
-            octets=message.trace + stored.read() if stored.path is None else None,
-            by=None if timed is None else timed[1],
-            elapsed=lambda: self.delivery.age + time.monotonic() - self.began,
-            priority=extensions.traced_priority(message.envelope, message.priority),
+        mail = Mail(
+            envelope.mail_from,
+            envelope.mail_params,
+            recipients if self.todo is None else [recipients[index] for index in self.todo],
+            len(trace) + stored.size,
+            stored.eight_bit or not trace.isascii(),
+            trace + stored.read() if stored.path is None else None,
+            priority=extensions.traced_priority(envelope, message.priority),
         )
+        if timed is not None:
+            mail.by, mail.elapsed = timed[1], self.elapsed
+        return mail
 
-    def pieces(self) -> Iterator[bytes]:
-        """Content that lies in a file; read it in a thread."""
-        message = self.delivery.message
-        trace = message.trace
-        for piece in message.stored.chunks(INLINE_LIMIT):
-            yield trace + piece if trace else piece
-            trace = b""
+    def elapsed(self) -> float:
+        """Seconds since the message was received."""
+        return self.delivery.age + asyncio.get_running_loop().time() - self.began
+
+    def heard(self, outcomes: list[Outcome | None]) -> bool:
+        """What a host said of those that were to be tried. False: it takes fewer in one transaction, and some are left."""
+        known, todo = self.outcomes, self.todo
+        if known is None or todo is None:
+            known = self.outcomes = outcomes
+        else:
+            for index, outcome in zip(todo, outcomes, strict=True):
+                known[index] = outcome
+        for outcome in outcomes:
+            if outcome is None:
+                self.todo = [index for index, decided in enumerate(known) if decided is None]
+                return False
+        return True
 
 
-class Connection(asyncio.Protocol):
-    """One connection to one host, with at most one job."""
+class Pieces:
+    """Content that lies in a file, our trace header first. ``read`` in a thread, one at a time; ``close`` between them."""
+
+    __slots__ = ("_file", "_path", "_trace")
+
+    def __init__(self, message: Message) -> None:
+        assert message.stored.path is not None
+        self._path = message.stored.path
+        self._trace = message.trace
+        self._file: BinaryIO | None = None
+
+    def read(self) -> bytes:
+        """The next piece; empty at the end. Raises OSError."""
+        if self._file is None:
+            self._file = open(self._path, "rb")  # noqa: SIM115 (closed by ``close``: it is read over many calls)
+        octets = self._file.read(INLINE_LIMIT)
+        if octets and self._trace:
+            octets, self._trace = self._trace + octets, b""
+        return octets
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Connection(Posted):
+    """One connection to one host, with at most one job: an ``asyncio.Protocol``."""
+
+    __slots__ = (
+        "acted",
+        "host",
+        "job",
+        "left",
+        "mails",
+        "paused",
+        "pieces",
+        "reading",
+        "session",
+        "setup_until",
+        "shut_at",
+        "sink",
+        "strict",
+        "transport",
+    )
 
     def __init__(self, sink: RelaySink, host: Host, terms: Terms, strict: bool = False) -> None:
         """``strict``: TLS only with a certificate that is good for the host's name."""
@@ -162,7 +219,7 @@ class Connection(asyncio.Protocol):
         self.mails = 0
         self.paused = False
         self.reading = False
-        self.pieces: Iterator[bytes] | None = None
+        self.pieces: Pieces | None = None
         self.left = 0  # octets of the content that were not handed over yet
         self.shut_at = 0.0  # loop time of our close; 0 before
 
@@ -174,10 +231,15 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.acted = self.sink.now()
         event = self.session.receive(data)
-        if event is None:
+        if event is not None:
+            self.happened(event)
+        elif self.session.closing or self.pieces is not None:
             self.flush()
         else:
-            self.happened(event)
+            self.sink.turn.post(self)
+
+    def eof_received(self) -> bool | None:
+        return None
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -199,16 +261,22 @@ class Connection(asyncio.Protocol):
         now = self.sink.now()
         self.job = job
         self.mails += 1
-        if job.delivery.message.stored.path is not None:
-            self.pieces = job.pieces()
-            self.left = len(job.delivery.message.trace) + job.delivery.message.stored.size
-        event = self.session.begin(job.mail(), cautious=now - self.acted > RESTED)
+        message = job.delivery.message
+        if message.stored.path is not None:
+            self.pieces = Pieces(message)
+            self.left = len(message.trace) + message.stored.size
+        event = self.session.begin(job.mail(), cautious=now - self.acted > self.sink.rested)
         self.acted = now
         if event is None:
-            self.flush()
+            self.sink.turn.post(self)
         else:
             # Not from within: many mails that this upstream cannot carry would nest as deep.
             asyncio.get_running_loop().call_soon(self.happened, event)
+
+    def deliver(self) -> None:
+        """The turn is over (``net.turn.Posted``)."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.flush()
 
     def flush(self) -> None:
         octets = self.session.outgoing()
@@ -226,7 +294,7 @@ class Connection(asyncio.Protocol):
         job = self.job
         assert job is not None
         self.job = None
-        self.pieces = None
+        self.end_content()
         if isinstance(event, Settled):
             self.sink.settled(self, job, event)
         else:
@@ -238,13 +306,14 @@ class Connection(asyncio.Protocol):
         if self.pieces is None or self.reading or self.paused or not self.session.wants_content:
             return
         self.reading = True
-        read = asyncio.get_running_loop().run_in_executor(None, next, self.pieces, b"")
+        read = asyncio.get_running_loop().run_in_executor(None, self.pieces.read)
         read.add_done_callback(partial(self.piece, self.pieces))
 
-    def piece(self, pieces: Iterator[bytes], read: asyncio.Future[bytes]) -> None:
+    def piece(self, pieces: Pieces, read: asyncio.Future[bytes]) -> None:
         self.reading = False
         if self.pieces is not pieces:
             # It was for a mail that ended meanwhile.
+            pieces.close()
             self.pump()
             return
         if not self.session.wants_content or read.cancelled():
@@ -260,6 +329,12 @@ class Connection(asyncio.Protocol):
         self.session.content(octets, last=self.left == 0)
         self.flush()
 
+    def end_content(self) -> None:
+        """No more of it is wanted."""
+        if self.pieces is not None and not self.reading:
+            self.pieces.close()
+        self.pieces = None
+
     def lose_content(self, error: BaseException | None) -> None:
         job = self.drop()
         assert job is not None
@@ -271,12 +346,13 @@ class Connection(asyncio.Protocol):
 
     async def secure(self) -> None:
         transport, context = self.transport, self.sink.strict_context() if self.strict else self.sink.context
+        itself: Any = self
         assert transport is not None
         assert context is not None
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 transport,
-                self,
+                itself,
                 context,
                 server_hostname=self.host.name,
                 ssl_handshake_timeout=max(self.setup_until - self.sink.now(), 0.001),
@@ -314,7 +390,7 @@ class Connection(asyncio.Protocol):
         """The sweep passes by."""
         session = self.session
         if self.job is None:
-            if self.shut_at and now - self.shut_at >= LINGER:
+            if self.shut_at and now - self.shut_at >= self.sink.linger:
                 self.abort()
             elif session.idle and now - self.acted >= self.sink.idle:
                 session.quit()
@@ -343,7 +419,7 @@ class Connection(asyncio.Protocol):
     def drop(self) -> Job | None:
         """Break off, whatever the upstream may think; the job is the caller's now."""
         job, self.job = self.job, None
-        self.pieces = None
+        self.end_content()
         self.session.stop("given up")
         self.abort()
         return job
@@ -383,12 +459,16 @@ class RelaySink:
             pipelining=config.pipelining,
             binarymime=config.binarymime,
         )
+        self.turn = Turn()
         self._warm: list[Connection] = []
         self._connections: set[Connection] = set()
         self._dialing: set[Job] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._tick = min(max(config.timeout / 10, 0.01), 1.0)
         self._timer: asyncio.TimerHandle | None = None
+        #: Connects; raises OSError. A seam for tests, as the times are.
+        self.reach: Callable[[Connection], Awaitable[None]] = _open
+        self.rested, self.linger = RESTED, LINGER
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._empty: asyncio.Future[None] | None = None
@@ -402,9 +482,10 @@ class RelaySink:
             return
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        job = Job(delivery, self.now() + self._timeout + delivery.message.stored.size // 65536)
-        envelope = delivery.message.envelope
-        if envelope.requiretls:
+        message = delivery.message
+        now = self.now()
+        job = Job(delivery, now, now + self._timeout + message.stored.size // 65536)
+        if message.envelope.requiretls:
             self._start_strict(job)
             return
         while self._warm:
@@ -446,6 +527,8 @@ class RelaySink:
             task.cancel()
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            # Done, though what discards each may not have been called yet (Python 3.12 waits no turn for that).
+            self._tasks.clear()
         for job in list(self._dialing):
             self._dialing.discard(job)
             self.finish(job, INTERRUPTED)
@@ -520,7 +603,7 @@ class RelaySink:
             host.connections += 1
             try:
                 async with asyncio.timeout_at(min(until, now + CONNECT)):
-                    await _open(connection)
+                    await self.reach(connection)
             except BaseException as error:
                 host.connections -= 1
                 if not isinstance(error, (OSError, UnicodeError)):
@@ -571,17 +654,14 @@ class RelaySink:
     # --------------------------------------------------------------- ends of a job
 
     def settled(self, connection: Connection, job: Job, event: Settled) -> None:
-        outcomes = event.outcomes
         session = connection.session
         if session.idle:
             connection.host.works()
-            if connection.mails >= min(session.mail_limit or MAILS, MAILS):
+            limit = session.mail_limit
+            if connection.mails >= MAILS or (limit is not None and connection.mails >= limit):
                 session.quit()
-        for index, outcome in zip(job.todo, outcomes, strict=True):
-            job.outcomes[index] = outcome
-        if None in outcomes:
+        if not job.heard(event.outcomes):
             # The upstream takes fewer recipients in one transaction: the others follow.
-            job.todo = [index for index in job.todo if job.outcomes[index] is None]
             if session.idle:
                 connection.carry(job)
             else:
@@ -591,7 +671,8 @@ class RelaySink:
         connection.flush()
         if session.idle:
             self._warm.append(connection)
-        self.finish(job, None)
+        # All of them are decided.
+        job.delivery.settle(cast("list[Outcome]", job.outcomes))
 
     def unusable(self, connection: Connection, job: Job, event: Unusable) -> None:
         host = connection.host
@@ -609,10 +690,14 @@ class RelaySink:
         """Settle; what was not decided is ``outcome``, or why no host was of use."""
         if outcome is None and job.unfit is not None and not job.unheard and len(job.tried) == len(self._hosts):
             outcome = Outcome("failed", job.unfit, job.remote)
-        elif outcome is None and None in job.outcomes:
+        elif outcome is None:
             reply = job.last or Reply(451, "4.4.1", "no host answered in time")
             outcome = Outcome("deferred", reply, job.remote, down=job.down)
-        job.delivery.settle([decided or cast(Outcome, outcome) for decided in job.outcomes])
+        known = job.outcomes
+        if known is None:
+            job.delivery.settle_all(outcome)
+        else:
+            job.delivery.settle([decided or outcome for decided in known])
 
 
 class LmtpSink(RelaySink):
@@ -624,17 +709,19 @@ class LmtpSink(RelaySink):
 async def _open(connection: Connection) -> None:
     loop = asyncio.get_running_loop()
     host = connection.host
+    made: Any = connection
     if host.path is not None:
-        await loop.create_unix_connection(lambda: connection, host.path)
+        await loop.create_unix_connection(lambda: made, host.path)
     else:
-        await loop.create_connection(lambda: connection, host.name, host.port)
+        await loop.create_connection(lambda: made, host.name, host.port)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     if isinstance(error, ssl.SSLError):
-        return error.reason or "protocol error"
+        # An alert that Python has no name for has no reason, whatever the type says.
+        return getattr(error, "reason", None) or "protocol error"
     if isinstance(error, TimeoutError):
         return "timed out"
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -47,6 +47,54 @@ class _Work(Generic[T]):
             settle()
 
 
+class Each(AsyncIterator[T]):
+    """What an iterator gives that is asked in threads. None of its items may be None."""
+
+    def __init__(self, threads: Threads, items: Iterator[T]) -> None:
+        self._threads = threads
+        self._items = items
+        self._lock = threading.Lock()
+        self._asked = False
+        self._closed = False
+
+    async def __anext__(self) -> T:
+        item = await self._threads.run(self._take)
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+    def _take(self) -> T | None:
+        with self._lock:
+            if self._closed:
+                return None
+            self._asked = True
+        try:
+            return next(self._items, None)
+        finally:
+            if self._answered():
+                self._end()
+
+    def _answered(self) -> bool:
+        """The iterator is nobody's again; True: it was closed meanwhile."""
+        with self._lock:
+            self._asked = False
+            return self._closed
+
+    def close(self) -> None:
+        """Give up what the iterator holds, a file above all; where a thread is asking it, that thread does so then."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+            asked = self._asked
+        if not closed and not asked:
+            self._end()
+
+    def _end(self) -> None:
+        if isinstance(self._items, Generator):
+            self._items.close()
+        # What is no generator gives its file back when nobody has it any more.
+        self._items = iter(())
+
+
 class Threads:
     """At most ``limit`` threads, started when they are needed."""
 
@@ -65,6 +113,10 @@ class Threads:
             threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True).start()
         self._works.put(work)
         return await work.future
+
+    def each(self, items: Iterator[T]) -> Each[T]:
+        """What an iterator gives that blocks."""
+        return Each(self, items)
 
     def _serve(self) -> None:
         while (work := self._works.get()) is not None:

@@ -45,7 +45,7 @@ BAD_NAME: Final = Reply(501, "5.5.2", "the user name is not UTF-8, is empty or o
 NO_PASSWORD: Final = Reply(501, "5.5.2", "the password is empty, not UTF-8 or has a NUL")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Granted:
     """The exchange is over, and this is who it is."""
 

@@ -34,7 +34,7 @@ from ..reply import Reply
 from .extensions import DeliverBy
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Terms:
     """How we speak to an upstream.
 
@@ -57,34 +57,59 @@ class Terms:
     final: bool = False
 
 
-@dataclass(slots=True)
+def _no_time() -> float:
+    return 0.0
+
+
 class Mail:
     """What is to be carried: an envelope for some recipients, and the content with our trace
     header. ``size`` in octets. ``octets`` is None where the content is handed over in pieces
     (``ClientSession.content``). ``by``: a time to deliver it by, of which ``elapsed()`` seconds are
     over. ``priority``: None where none was asked for."""
 
-    mail_from: str
-    params: Params
-    recipients: Sequence[Recipient]
-    size: int
-    eight_bit: bool
-    octets: bytes | None
-    by: DeliverBy | None = None
-    elapsed: Callable[[], float] = lambda: 0.0
-    priority: int | None = None
+    __slots__ = ("by", "eight_bit", "elapsed", "mail_from", "octets", "params", "priority", "recipients", "size")
+
+    def __init__(
+        self,
+        mail_from: str,
+        params: Params,
+        recipients: Sequence[Recipient],
+        size: int,
+        eight_bit: bool,
+        octets: bytes | None,
+        by: DeliverBy | None = None,
+        elapsed: Callable[[], float] = _no_time,
+        priority: int | None = None,
+    ) -> None:
+        self.mail_from = mail_from
+        self.params = params
+        self.recipients = recipients
+        self.size = size
+        self.eight_bit = eight_bit
+        self.octets = octets
+        self.by = by
+        self.elapsed = elapsed
+        self.priority = priority
 
 
-@dataclass(slots=True)
 class Settled:
     """The mail is done with, as far as this conversation goes: one entry per recipient. None:
     not tried, the upstream takes no more recipients in one transaction; begin anew with these
     (at least one other was tried)."""
 
-    outcomes: list[Outcome | None]
+    __slots__ = ("outcomes",)
+
+    def __init__(self, outcomes: list[Outcome | None]) -> None:
+        self.outcomes = outcomes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settled) and self.outcomes == other.outcomes
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
-@dataclass(slots=True)
+@dataclass
 class Unusable:
     """This conversation does not carry the mail, and may not have begun to: it can go to another
     host at once. ``reply`` is a 4yz that says why. ``down``: other mail would fare alike.
@@ -98,7 +123,7 @@ class Unusable:
     unfit: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class TLSWanted:
     """Do the handshake now, as a client, then call ``secured``."""
 
@@ -119,22 +144,24 @@ _FINAL: Final = -10
 
 # A line break or another control in an address would be a command of its own; a lone surrogate
 # has no octets.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
-_NO_SMTPUTF8 = Reply(550, "5.6.7", "the next hop does not carry UTF-8 addresses")
-_NO_8BITMIME = Reply(554, "5.6.3", "the next hop does not carry 8-bit content")
-_NO_BINARYMIME = Reply(554, "5.6.1", "the next hop does not carry binary content")
+_NO_SMTPUTF8: Final = Reply(550, "5.6.7", "the next hop does not carry UTF-8 addresses")
+_NO_8BITMIME: Final = Reply(554, "5.6.3", "the next hop does not carry 8-bit content")
+_NO_BINARYMIME: Final = Reply(554, "5.6.1", "the next hop does not carry binary content")
 #: RFC 2852: with mode R it may only go to who promises to keep the time.
-_NO_DELIVERBY = Reply(554, "5.4.7", "the next hop does not offer DELIVERBY, and the message was not to go on without")
-_NOT_IN_TIME = Reply(554, "5.4.7", "the time left is less than the next hop wants")
-_TOO_LARGE = Reply(552, "5.3.4", "the message is larger than the next hop takes")
-_BAD_SENDER = Reply(501, "5.1.7", "the sender's address cannot be put on a line")
-_BAD_RECIPIENT = Reply(501, "5.1.3", "the address cannot be put on a line")
-_NOT_SECRET = Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and there is no TLS with this host")
-_NOT_VERIFIED = Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and the certificate of this host was not verified")
-_NO_REQUIRETLS = Reply(550, "5.7.30", "REQUIRETLS support required: this host does not offer it")
+_NO_DELIVERBY: Final = Reply(554, "5.4.7", "the next hop does not offer DELIVERBY, and the message was not to go on without")
+_NOT_IN_TIME: Final = Reply(554, "5.4.7", "the time left is less than the next hop wants")
+_TOO_LARGE: Final = Reply(552, "5.3.4", "the message is larger than the next hop takes")
+_BAD_SENDER: Final = Reply(501, "5.1.7", "the sender's address cannot be put on a line")
+_BAD_RECIPIENT: Final = Reply(501, "5.1.3", "the address cannot be put on a line")
+_NOT_SECRET: Final = Reply(550, "5.7.10", "encryption needed: the message has REQUIRETLS, and there is no TLS with this host")
+_NOT_VERIFIED: Final = Reply(
+    550, "5.7.10", "encryption needed: the message has REQUIRETLS, and the certificate of this host was not verified"
+)
+_NO_REQUIRETLS: Final = Reply(550, "5.7.30", "REQUIRETLS support required: this host does not offer it")
 #: Operators' faults that a server tells at MAIL: TLS or a login is missing or too weak (RFC 4954 §6).
-_LOGIN_CODES = frozenset((530, 534, 535, 538))
+_LOGIN_CODES: Final = frozenset((530, 534, 535, 538))
 
 
 class ClientSession:
@@ -165,12 +192,15 @@ class ClientSession:
         "_sent",
         "_shaking",
         "_silent",
+        "_size_limit",
+        "_sized",
         "_streaming",
         "_tail",
         "_terms",
         "_tls",
         "_tls_refused",
         "_todo",
+        "_utf8",
         "_verdicts",
         "_verified",
         "closing",
@@ -205,6 +235,9 @@ class ClientSession:
         self._pipelining = False
         self._chunking = False
         self._dsn = False
+        self._sized = False
+        self._size_limit = 0
+        self._utf8 = False
         self._dirty = False
         self._count = 0
         self._forget()
@@ -230,14 +263,16 @@ class ClientSession:
         leaves before a reply came, so that a stale connection is found out at no risk."""
         if self._mail is not None or self.closing:
             raise RuntimeError("the conversation is busy or at its end")
-        self._forget()
+        self._silent = True
         self._mail = mail
         self._verdicts = [None] * len(mail.recipients)
         return self._start(mail, cautious) if self._ready else None
 
     def receive(self, data: bytes) -> Event | None:
         """What the upstream said."""
-        if self.closing:
+        # By another name: a type checker would take it for settled below, and a compiler would believe that.
+        over = self.closing
+        if over:
             return None
         replies = self._replies
         replies.feed(data)
@@ -250,7 +285,8 @@ class ClientSession:
             if not self._due:
                 return self._unasked(found[0], found[1])
             kind = self._due[0]
-            if replies.pending and self._is_last(kind):
+            pending = replies.pending > 0
+            if pending and self._is_last(kind):
                 if kind == _STARTTLS:
                     return self._injected()
                 # More has come, but nothing more was asked: before this reply is believed, see
@@ -260,6 +296,8 @@ class ClientSession:
             event = self._answered(kind, found[0], found[1])
             if event is not None or self.closing:
                 return event
+            if not pending:
+                return None
         if replies.fault is not None:
             return self._nonsense(f"malformed reply ({replies.fault})")
         return None
@@ -390,6 +428,10 @@ class ClientSession:
         self._pipelining = terms.pipelining and "PIPELINING" in offers
         self._chunking = terms.chunking and "CHUNKING" in offers
         self._dsn = "DSN" in offers
+        self._sized = "SIZE" in offers
+        self._utf8 = "SMTPUTF8" in offers
+        size = offers.get("SIZE", "")
+        self._size_limit = int(size[:19]) if size.isascii() and size.isdigit() else 0
         limits = _limits(offers.get("LIMITS", ""))
         self.mail_limit = limits.get("MAILMAX")
         self.recipient_limit = limits.get("RCPTMAX")
@@ -459,62 +501,62 @@ class ClientSession:
 
     def _start(self, mail: Mail, cautious: bool) -> Event | None:
         offers = self._offers
-        misfit = self._misfit(mail.mail_from) if "REQUIRETLS" in mail.params else None
+        misfit = self._misfit(mail.mail_from) if mail.params and "REQUIRETLS" in mail.params else None
         if misfit is not None:
             return self._unfit(misfit)
         refusal = self._cannot_carry(mail)
         if refusal is not None:
             return self._finish_all(Outcome("failed", refusal, self.remote))
         params = mail.params
-        words = [f"MAIL FROM:<{mail.mail_from}>"]
-        if "SIZE" in offers:
-            words.append(f"SIZE={mail.size}")
-        if "BINARYMIME" in offers and (params.get("BODY") or "").upper() == "BINARYMIME":
-            words.append("BODY=BINARYMIME")
-        elif "8BITMIME" in offers and (mail.eight_bit or "BODY" in params):
-            words.append("BODY=8BITMIME" if mail.eight_bit or params["BODY"] != "7BIT" else "BODY=7BIT")
-        if "SMTPUTF8" in offers and _international(mail):
-            words.append("SMTPUTF8")
-        if "REQUIRETLS" in params and "REQUIRETLS" in offers and self._verified:
-            words.append("REQUIRETLS")
+        line = f"MAIL FROM:<{mail.mail_from}>"
+        if self._sized:
+            line = f"{line} SIZE={mail.size}"
+        if mail.eight_bit or params:
+            line += self._body_said(mail)
+        if self._utf8 and _international(mail):
+            line += " SMTPUTF8"
+        if params and "REQUIRETLS" in params and "REQUIRETLS" in offers and self._verified:
+            line += " REQUIRETLS"
         if mail.by is not None and "DELIVERBY" in offers:
-            words.append(f"BY={mail.by.said(mail.elapsed())}")
+            line += f" BY={mail.by.said(mail.elapsed())}"
         if mail.priority is not None and "MT-PRIORITY" in offers:
-            words.append(f"MT-PRIORITY={mail.priority}")
-        if self._dsn:
-            words.extend(f"{key}={params[key]}" for key in ("RET", "ENVID") if params.get(key))
-        line = " ".join(words)
-        if _UNSAFE.search(line):
+            line += f" MT-PRIORITY={mail.priority}"
+        if self._dsn and params:
+            for key in ("RET", "ENVID"):
+                if params.get(key):
+                    line += f" {key}={params[key]}"
+        if not _safe(line):
             return self._finish_all(Outcome("failed", _BAD_SENDER, self.remote))
         # From here on only what this mail's own commands are answered with speaks for it.
         self._silent = True
-        commands: list[tuple[int, bytes]] = []
-        if self._dirty:
-            commands.append((_RSET, b"RSET\r\n"))
-        commands.append((_MAIL, f"{line}\r\n".encode()))
-        envelope = len(commands)
-        for index, recipient in enumerate(mail.recipients):
-            if self.recipient_limit is not None and len(commands) - envelope >= self.recipient_limit:
+        lines = ["RSET\r\n", line + "\r\n"] if self._dirty else [line + "\r\n"]
+        kinds = [_RSET, _MAIL] if self._dirty else [_MAIL]
+        envelope = len(kinds)
+        index = -1
+        for recipient in mail.recipients:
+            if self.recipient_limit is not None and len(kinds) - envelope >= self.recipient_limit:
                 break
+            index += 1
             line = f"RCPT TO:<{recipient.address}>"
-            if self._dsn and recipient.params:
-                given = recipient.params
-                line += "".join(f" {key}={given[key]}" for key in ("NOTIFY", "ORCPT") if given.get(key))
-            if _UNSAFE.search(line):
+            given = recipient.params
+            if self._dsn and given:
+                for key in ("NOTIFY", "ORCPT"):
+                    if given.get(key):
+                        line += f" {key}={given[key]}"
+            if not _safe(line):
                 self._verdicts[index] = Outcome("failed", _BAD_RECIPIENT, self.remote)
             else:
-                commands.append((index, f"{line}\r\n".encode()))
-        if len(commands) == envelope:
+                kinds.append(index)
+                lines.append(line + "\r\n")
+        if len(kinds) == envelope:
             return self._finish(dirty=self._dirty)
         self._dirty = False
         if not self._pipelining:
-            self._todo.extend(commands)
+            self._todo.extend(zip(kinds, [line.encode() for line in lines], strict=True))
             self._next()
             return None
-        due, out = self._due, self._out
-        for kind, octets in commands:
-            due.append(kind)
-            out.append(octets)
+        self._due.extend(kinds)
+        self._out.append("".join(lines).encode())
         if not self._chunking:
             self._say(_DATA, b"DATA\r\n")
         elif mail.octets is not None and len(mail.octets) <= INLINE_LIMIT and not cautious:
@@ -523,19 +565,27 @@ class ClientSession:
             self._whole(mail.octets)
         return None
 
+    def _body_said(self, mail: Mail) -> str:
+        """The parameter BODY for content that is not plain 7-bit, or of which something was said."""
+        params, offers = mail.params, self._offers
+        if "BINARYMIME" in offers and (params.get("BODY") or "").upper() == "BINARYMIME":
+            return " BODY=BINARYMIME"
+        if "8BITMIME" in offers and (mail.eight_bit or "BODY" in params):
+            return " BODY=8BITMIME" if mail.eight_bit or params["BODY"] != "7BIT" else " BODY=7BIT"
+        return ""
+
     def _cannot_carry(self, mail: Mail) -> Reply | None:
         """What this upstream cannot carry fails here; nothing is ever re-encoded (promise 3)."""
         offers = self._offers
         # First: a UTF-8 address also makes our own trace field 8-bit.
-        if "SMTPUTF8" not in offers and _international(mail):
+        if not self._utf8 and _international(mail):
             return _NO_SMTPUTF8
-        if (mail.params.get("BODY") or "").upper() == "BINARYMIME":
+        if mail.params and (mail.params.get("BODY") or "").upper() == "BINARYMIME":
             if not (self._terms.binarymime and self._chunking and "BINARYMIME" in offers):
                 return _NO_BINARYMIME
         elif mail.eight_bit and "8BITMIME" not in offers:
             return _NO_8BITMIME
-        limit = offers.get("SIZE", "")
-        if limit.isascii() and limit.isdigit() and 0 < int(limit[:19]) < mail.size:
+        if 0 < self._size_limit < mail.size:
             return _TOO_LARGE
         return self._too_late(mail.by, mail.elapsed()) if mail.by is not None and mail.by.returns else None
 
@@ -699,7 +749,10 @@ class ClientSession:
         if reply.code >= 400:
             return Outcome("deferred", reply, self.remote)
         mail = self._mail
-        notifies = self._dsn and mail is not None and index is not None and "NOTIFY" in mail.recipients[index].params
+        notifies = False
+        if self._dsn and mail is not None and index is not None:
+            params = mail.recipients[index].params
+            notifies = bool(params) and "NOTIFY" in params
         return Outcome("delivered", reply, self.remote, notifies=notifies, onward=self._onward())
 
     def _onward(self) -> Literal["", "timed", "untimed"]:
@@ -845,10 +898,15 @@ class ClientSession:
         return Settled(verdicts)
 
 
+def _safe(line: str) -> bool:
+    # What is printable holds nothing unsafe; what is not (a no-break space) may be safe all the same.
+    return line.isprintable() or _UNSAFE.search(line) is None
+
+
 def _international(mail: Mail) -> bool:
-    return (
-        "SMTPUTF8" in mail.params or not mail.mail_from.isascii() or any(not recipient.address.isascii() for recipient in mail.recipients)
-    )
+    if (mail.params and "SMTPUTF8" in mail.params) or not mail.mail_from.isascii():
+        return True
+    return any(not recipient.address.isascii() for recipient in mail.recipients)
 
 
 def _offers(lines: list[str]) -> dict[str, str]:

@@ -12,10 +12,10 @@ reset: the conversation waits for that answer first; after the end nothing is ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
-from .._parser import Command, Receiver
+from .._parser import Command, ReadBuffer, Receiver
 from ..contracts import Judgement, Login, Question, Verdict
 from ..message import Client
 from ..reply import Reply
@@ -29,13 +29,19 @@ COMMANDS_A_TURN: Final = 256
 #: Seconds by which the tarpit withholds a reply.
 TARPIT: Final = 1.0
 
-_TLS_HANDSHAKE = b"\x16"
+_TLS_HANDSHAKE: Final = b"\x16"
 
 #: What is read now.
-GREETING, COMMAND, CONTENT, CHUNK, RESPONSE, CLOSED, HANDSHAKE = range(7)
+GREETING: Final = 0
+COMMAND: Final = 1
+CONTENT: Final = 2
+CHUNK: Final = 3
+RESPONSE: Final = 4
+CLOSED: Final = 5
+HANDSHAKE: Final = 6
 
 #: What to do for each verb.
-Verbs = Mapping[str, Callable[[Any, Command], None]]
+Verbs = dict[str, Callable[[Any, Command], None]]
 
 
 class Conversation(ABC):
@@ -53,6 +59,7 @@ class Conversation(ABC):
     ``rules`` may be replaced between two calls (but what an EHLO offered stays offered)."""
 
     __slots__ = (
+        "_command",
         "_conduct",
         "_ended",
         "_events",
@@ -61,7 +68,6 @@ class Conversation(ABC):
         "_order",
         "_question",
         "_receiver",
-        "_say",
         "_state",
         "_verbs",
         "_watch",
@@ -88,10 +94,12 @@ class Conversation(ABC):
         self.delay = 0.0
 
         # An AUTH command carries tokens that are longer than any other command.
-        self._receiver = Receiver(normalize=rules.bare_newlines == "normalize", auth_limit=RESPONSE_LIMIT if rules.auth != "off" else 0)
+        receiver = Receiver(normalize=rules.bare_newlines == "normalize", auth_limit=RESPONSE_LIMIT if rules.auth != "off" else 0)
+        self._receiver = receiver
+        # Bound once: to find it by its name costs as much as it does where there is nothing, and a mail asks six times.
+        self._command: Callable[[], Command | None] = receiver.command
         self._verbs = verbs
         self._order = Order()
-        self._say = self._order.say
         self._conduct = Conduct()
         self._events: list[Event] = []
         self._state = GREETING
@@ -152,7 +160,7 @@ class Conversation(ABC):
         else:
             self._greet()
 
-    def receive(self, data: bytes) -> list[Event]:
+    def receive(self, data: bytes | ReadBuffer) -> list[Event]:
         """Octets of the client. After ``paused`` only what was on its way anyway."""
         if self._watch and not self._may_come(data):
             return self._taken()
@@ -192,19 +200,20 @@ class Conversation(ABC):
         in LMTP one per recipient in order, or None to close without a word once the earlier
         replies are out. A number that is owed nothing (any more) is no error: its client is gone.
         Raises ValueError when the count of replies is off, RuntimeError for a second answer."""
-        answer = (reply,) if isinstance(reply, Reply) else reply
+        answer = [reply] if isinstance(reply, Reply) else None if reply is None else list(reply)
         order = self._order
         place = order.settle(number, answer)
         if place is None:
             return []
-        accepted = False
-        for one in answer or ():
-            if one.positive:
-                accepted = True
-            else:
-                self._events.append(Refused("data", one, None))
-        if accepted:
-            self._conduct.forgive(place.mark)
+        if answer is not None:
+            accepted = False
+            for one in answer:
+                if one.code < 400:
+                    accepted = True
+                else:
+                    self._events.append(Refused("data", one, None))
+            if accepted:
+                self._conduct.forgive(place.mark)
         if not order.release():
             self._forsake()
         elif self._state == CLOSED:
@@ -270,7 +279,7 @@ class Conversation(ABC):
                 if not left:
                     self.more = receiver.pending > 0
                     break
-                command = receiver.command()
+                command = self._command()
                 if command is None:
                     break
                 left -= 1
@@ -278,13 +287,16 @@ class Conversation(ABC):
                 # After HELO every reply ends a group; the octets of BDAT are part of it.
                 if self._lockstep and verb != "BDAT" and not self._ends_group():
                     break
-                fault = command.fault
-                if fault is not None and fault in replies.LINE_FAULTS:
-                    self._malformed(fault)
-                elif verb in verbs:
-                    verbs[verb](self, command)
+                do = verbs.get(verb)
+                if do is not None:
+                    do(self, command)
+                elif (fault := command.fault) is not None and fault in replies.LINE_FAULTS:
+                    self._malformed(fault)  # such a line has no verb
                 else:
                     self._unknown(command)
+                if self._watch:
+                    # Nothing is left: the client must wait for our reply.
+                    break
             elif state == CONTENT:
                 if not self._read_content():
                     break
@@ -308,19 +320,19 @@ class Conversation(ABC):
         self._events = []
         return events
 
-    def _may_come(self, data: bytes) -> bool:
+    def _may_come(self, data: bytes | ReadBuffer) -> bool:
         """At points where the client must wait for us (RFC 2920 §3.1): was the wait over?"""
         if self._state == CLOSED:
             return False
         if self._state == GREETING:
-            self._refuse("connect", replies.NO_PROXY if proxy.begins(data) else replies.TOO_EARLY)
+            self._refuse("connect", replies.NO_PROXY if proxy.begins(_head(data)) else replies.TOO_EARLY)
             return False
         if self._order.owed or self._question is not None or self.delay or self._state == HANDSHAKE:
             self._refuse("command", replies.TOO_EARLY)
             return False
         if self._fresh:
             self._fresh = False
-            if data[:1] == _TLS_HANDSHAKE:
+            if _head(data)[:1] == _TLS_HANDSHAKE:
                 self._refuse("command", replies.NOT_TLS)
                 return False
         self._watch = False
@@ -376,7 +388,7 @@ class Conversation(ABC):
 
     def _tell(self, refused: Refused) -> None:
         self._events.append(refused)
-        self._say(refused.reply.wire)
+        self._order.say(refused.reply.wire)
 
     def _fault(self, stage: Stage, reply: Reply, address: str | None = None) -> None:
         """Refuse, and count it where it is permanent: too many end the session."""
@@ -406,7 +418,7 @@ class Conversation(ABC):
 
     def _junk(self, wire: bytes) -> None:
         if self._bear_junk():
-            self._say(wire)
+            self._order.say(wire)
         else:
             self._refuse("command", replies.TOO_MANY_ERRORS)
 
@@ -440,7 +452,7 @@ class Conversation(ABC):
 
     def _greet(self) -> None:
         self._state = COMMAND
-        self._say(replies.greeting(self.rules.hostname, self.rules.protocol == "lmtp").wire)
+        self._order.say(replies.greeting(self.rules.hostname, self.rules.protocol == "lmtp").wire)
 
     def _turn_away(self, reply: Reply, verbs: Verbs) -> None:
         """Instead of the greeting; unless it is a 421, the client may still say ``verbs``."""
@@ -452,3 +464,7 @@ class Conversation(ABC):
         self._question = asked.question
         self.paused = True
         self._events.append(asked)
+
+
+def _head(data: bytes | ReadBuffer) -> bytes:
+    return data if isinstance(data, bytes) else data.head()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Final
 
 from ..message import Client, Params
 from ..reply import Reply
@@ -19,14 +20,14 @@ from . import replies
 from .events import Rules
 from .extensions import KEYWORDS
 
-_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")
+_XTEXT: Final = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+")
 #: RFC 6533 §3: in a transaction with SMTPUTF8 an address of type utf-8 may be said as it is.
-_UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
-_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~.]+")
-_NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
+_UTF8_XTEXT: Final = re.compile(r"(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
+_ADDRESS_TYPE: Final = re.compile(r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~.]+")
+_NOTIFY: Final = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 #: Of MAIL. All that RCPT may have is of DSN, too.
-_DSN = frozenset({"RET", "ENVID"})
-_SIZE_DIGITS = 20
+_DSN: Final = frozenset({"RET", "ENVID"})
+_SIZE_DIGITS: Final = 20
 
 
 def may_log_in(rules: Rules, client: Client) -> bool:
@@ -137,7 +138,7 @@ def _is_orcpt(value: str, utf8: bool) -> bool:
     return len(value.encode()) <= 500 and _ADDRESS_TYPE.fullmatch(kind) is not None and grammar.fullmatch(address) is not None
 
 
-_MAIL: dict[str, Callable[[str | None, int, bool], Reply | None]] = {
+_MAIL: Final[dict[str, Callable[[str | None, int, bool], Reply | None]]] = {
     "SIZE": _size,
     "BODY": _body,
     "SMTPUTF8": _smtputf8,

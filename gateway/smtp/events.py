@@ -1,7 +1,8 @@
 """What a ServerSession is told and what it tells: Rules in, events out.
 
 Plain values, no behaviour. The session in ``server.py`` says when each event comes; whoever
-drives it carries them out in their order.
+drives it carries them out in their order. Those of every mail have a written ``__init__``: where this
+is compiled, one that dataclass makes would be interpreted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from mypy_extensions import mypyc_attr
 
 from ..contracts import Login, Question, Transaction
 from ..message import Client
@@ -20,7 +23,7 @@ from .extensions import NOTHING, Extensions
 Stage = Literal["connect", "auth", "mail", "recipient", "data", "command"]
 
 
-@dataclass(slots=True)
+@dataclass
 class Rules:
     """What a listener asks of its sessions. Shared by them, replaced whole on reload;
     only ``shortage`` changes in place.
@@ -64,7 +67,7 @@ class Rules:
 # ----------------------------------------------------------------------- events
 
 
-@dataclass(slots=True)
+@dataclass
 class Asked:
     """These checks must be run; the session waits for ``verdict``."""
 
@@ -72,52 +75,69 @@ class Asked:
     checks: tuple[str, ...]
 
 
-@dataclass(slots=True)
+@dataclass
 class ClientAsked(Asked):
     """Before the greeting."""
 
 
-@dataclass(slots=True)
+@dataclass
 class SenderAsked(Asked):
     """MAIL is well formed."""
 
 
-@dataclass(slots=True)
+@dataclass
 class RecipientAsked(Asked):
     """RCPT has a route."""
 
 
-@dataclass(slots=True)
+@mypyc_attr(acyclic=True, free_list_len=1)
+@dataclass(init=False)
 class MailStarted:
     """The recipients stand; content comes."""
 
     transaction: Transaction
 
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction = transaction
 
-@dataclass(slots=True)
+
+@mypyc_attr(acyclic=True, free_list_len=1)
+@dataclass(init=False)
 class MailContent:
     """The next piece of content: the parser's own object, never empty."""
 
     number: int
     octets: bytes
 
+    def __init__(self, number: int, octets: bytes) -> None:
+        self.number = number
+        self.octets = octets
 
-@dataclass(slots=True)
+
+@mypyc_attr(acyclic=True, free_list_len=1)
+@dataclass(init=False)
 class MailFinished:
     """The content is whole and the wire is content with it; the facts of the transaction are
     set. ``answer(number, …)`` is owed."""
 
     number: int
 
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-@dataclass(slots=True)
+
+@mypyc_attr(acyclic=True, free_list_len=1)
+@dataclass(init=False)
 class MailAborted:
     """A started mail will never finish."""
 
     number: int
 
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-@dataclass(slots=True)
+
+@dataclass
 class Refused:
     """A 4yz or 5yz was said; ``address`` as the client gave it, where there is one."""
 
@@ -126,7 +146,7 @@ class Refused:
     address: str | None
 
 
-@dataclass(slots=True)
+@dataclass
 class ClientNamed:
     """XCLIENT: whoever is connected speaks for this client, and the conversation begins anew with
     it. ``name``: its host name, "" if it is not known."""
@@ -135,7 +155,7 @@ class ClientNamed:
     name: str
 
 
-@dataclass(slots=True)
+@dataclass
 class LoginRefused(Refused):
     """A login came to nothing: nobody's credentials, or too many failures before. ``user`` as
     claimed; ``note``: the reason, for the log."""
@@ -145,7 +165,7 @@ class LoginRefused(Refused):
     note: str
 
 
-@dataclass(slots=True)
+@dataclass
 class LoggedIn:
     """From now on the client is this user: 235 was said, or (``mechanism`` is ``certificate``) its certificate says so."""
 
@@ -153,14 +173,14 @@ class LoggedIn:
     user: str
 
 
-@dataclass(slots=True)
+@dataclass
 class AuthWanted:
     """This login must be judged; the session waits for ``judged``."""
 
     login: Login
 
 
-@dataclass(slots=True)
+@dataclass
 class TLSWanted:
     """The client said STARTTLS and may have it: answer with ``secure``."""
 

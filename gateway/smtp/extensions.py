@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import Literal
+from typing import Final, Literal
 
 from ..message import Client, Envelope, Message, Params
 from ..reply import Reply
@@ -26,17 +26,17 @@ from ..route import Network
 from . import replies
 
 #: Largest number that HOLDFOR and BY can say (nine digits).
-LARGEST = 999_999_999
+LARGEST: Final = 999_999_999
 #: Seconds by which HOLDUNTIL may be past.
-SKEW = 300.0
+SKEW: Final = 300.0
 
-_HOLDFOR = re.compile(r"[0-9]{1,9}")
-_BY = re.compile(r"([+-]?[0-9]{1,9});([NR])(T?)", re.IGNORECASE)
-_PRIORITY = re.compile(r"0|-?[1-9]")
-_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
+_HOLDFOR: Final = re.compile(r"[0-9]{1,9}")
+_BY: Final = re.compile(r"([+-]?[0-9]{1,9});([NR])(T?)", re.IGNORECASE)
+_PRIORITY: Final = re.compile(r"0|-?[1-9]")
+_MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Extensions:
     """What a listener lets senders ask for.
 
@@ -120,13 +120,13 @@ class Extensions:
 
 
 #: Nothing is offered.
-NOTHING = Extensions()
+NOTHING: Final = Extensions()
 
 #: The keywords of MAIL that this module knows.
-KEYWORDS = frozenset({"HOLDFOR", "HOLDUNTIL", "BY", "MT-PRIORITY"})
+KEYWORDS: Final = frozenset({"HOLDFOR", "HOLDUNTIL", "BY", "MT-PRIORITY"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DeliverBy:
     """BY (RFC 2852). ``seconds`` from when the message was received, maybe negative with mode
     N. ``returns``: mode R, it comes back if it is not delivered by then; else (N) its sender is
@@ -173,7 +173,7 @@ def priority_of(params: Params) -> int | None:
 def deadline(message: Message) -> tuple[float, DeliverBy] | None:
     """By when this message is to be delivered (Unix seconds), and what if not."""
     params = message.envelope.mail_params
-    by = deliver_by_of(params) if "BY" in params else None
+    by = deliver_by_of(params) if params and "BY" in params else None
     return None if by is None else (message.received_at + by.seconds, by)
 
 
@@ -205,9 +205,10 @@ def returned(message: Message, now: float) -> bool:
 
 def traced_priority(envelope: Envelope, priority: int) -> int | None:
     """What Received says, and a next hop is told (RFC 6710): nothing where nothing was asked for."""
-    return priority if priority or "MT-PRIORITY" in envelope.mail_params else None
+    params = envelope.mail_params
+    return priority if priority or (params and "MT-PRIORITY" in params) else None
 
 
 def priority_changed(params: Params, priority: int) -> bool:
     """Another priority applies than the one asked for: the replies say so (RFC 6710, X.3.6)."""
-    return "MT-PRIORITY" in params and priority_of(params) != priority
+    return bool(params) and "MT-PRIORITY" in params and priority_of(params) != priority

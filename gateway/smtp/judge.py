@@ -7,9 +7,11 @@ a client with several faults hears of them. Rows C, B, F, R and L of the referen
 
 from __future__ import annotations
 
-from .._parser import Command, Receiver
+from typing import Final
+
+from .._parser import Command
 from ..contracts import Transaction
-from ..message import TLS, Client, Recipient
+from ..message import TLS, Client, Params, Recipient
 from ..reply import Reply
 from ..route import Route
 from . import replies
@@ -17,9 +19,9 @@ from .esmtp import mail_parameters, may_log_in, rcpt_parameters
 from .events import Rules
 
 #: Octets of a text line without its CRLF (RFC 5321 §4.5.3.1.6).
-TEXT_LINE = 998
+TEXT_LINE: Final = 998
 #: Octets of the name that a client gives itself (RFC 5321 §4.5.3.1.2).
-NAME = 255
+NAME: Final = 255
 
 
 def hello(command: Command) -> Reply | None:
@@ -29,7 +31,8 @@ def hello(command: Command) -> Reply | None:
     return None
 
 
-def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction | None, command: Command) -> Reply | None:
+def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction | None, command: Command, params: Params) -> Reply | None:
+    """``params``: those of the command."""
     if not greeted:
         return replies.SAY_LHLO if rules.protocol == "lmtp" else replies.SAY_HELLO
     if transaction is not None:
@@ -43,7 +46,6 @@ def mail(rules: Rules, client: Client, greeted: bool, transaction: Transaction |
     fault = command.fault
     if fault is not None:
         return replies.MAIL_FAULTS[fault]
-    params = command.params
     if not command.ascii and "SMTPUTF8" not in params and not (command.address or "").isascii():
         return replies.UTF8_SENDER
     if params:
@@ -89,35 +91,37 @@ def auth(rules: Rules, client: Client, esmtp: bool, transaction: Transaction | N
     return replies.AUTH_SYNTAX if command.fault is not None or not command.argument else None
 
 
-def rcpt(rules: Rules, transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
+def rcpt(rules: Rules, transaction: Transaction | None, chunks_begun: bool, fault: str | None, params: Params) -> Reply | None:
     """Faults of the command; the merits of the recipient come after (``recipient``)."""
     if transaction is None:
         return replies.NO_SENDER
     if chunks_begun:
         return replies.CHUNKS_BEGUN
-    fault = command.fault
     if fault is not None:
         return replies.RCPT_FAULTS[fault]
-    params = command.params
     if params:
         return rcpt_parameters(params, rules, transaction.envelope.utf8)
     return None
 
 
-def recipient(rules: Rules, transaction: Transaction, command: Command) -> Route | Reply:
-    if not command.ascii and not transaction.envelope.utf8 and not (command.address or "").isascii():
+def recipient(rules: Rules, transaction: Transaction, ascii: bool, address: str, local: str, domain: str) -> Route | Reply:
+    """What becomes of this one, by its address; ``ascii``: all of the command is."""
+    if not ascii and not transaction.envelope.utf8 and not address.isascii():
         return replies.UTF8_RECIPIENT
     routes = transaction.routes
     if len(routes) >= rules.recipients:
         return replies.TOO_MANY_RECIPIENTS
     if rules.null_sender_recipients is not None and not transaction.envelope.mail_from and len(routes) >= rules.null_sender_recipients:
         return replies.TOO_MANY_FOR_A_BOUNCE
-    route = rules.routes.find(command.local, command.domain, transaction.client)
-    if isinstance(route, Route) and not route.requiretls and transaction.envelope.requiretls:
-        return replies.NO_REQUIRETLS
-    if isinstance(route, Route) and route.acknowledge == "delivered" and transaction.envelope.held:
-        return replies.CANNOT_HOLD
-    if isinstance(route, Reply) or not routes or route is routes[0] or _same_promise(route, routes[0]):
+    route = rules.routes.find(local, domain, transaction.client)
+    if isinstance(route, Reply):
+        return route
+    if transaction.envelope.mail_params:
+        if not route.requiretls and transaction.envelope.requiretls:
+            return replies.NO_REQUIRETLS
+        if route.acknowledge == "delivered" and transaction.envelope.held:
+            return replies.CANNOT_HOLD
+    if not routes or route is routes[0] or _same_promise(route, routes[0]):
         return route
     return replies.OTHER_PROMISE
 
@@ -129,12 +133,11 @@ def _same_promise(one: Route, other: Route) -> bool:
     return one.acknowledge == "durable" or (one.acknowledge_timeout == other.acknowledge_timeout and one.fallback == other.fallback)
 
 
-def named(rules: Rules, command: Command) -> Recipient:
+def named(rules: Rules, address: str, local: str, domain: str, params: Params) -> Recipient:
     """The recipient of a RCPT that is well formed; ``<Postmaster>`` is ours (RFC 5321 §4.5.1)."""
-    local, domain = command.local, command.domain
     if domain:
-        return Recipient(command.address or "", local, domain, command.params)
-    return Recipient(f"{local}@{rules.hostname}", local, rules.hostname.lower(), command.params)
+        return Recipient(address, local, domain, params)
+    return Recipient(f"{local}@{rules.hostname}", local, rules.hostname.lower(), params)
 
 
 def data(rules: Rules, transaction: Transaction | None, chunks_begun: bool, command: Command) -> Reply | None:
@@ -144,7 +147,7 @@ def data(rules: Rules, transaction: Transaction | None, chunks_begun: bool, comm
         return replies.NO_SENDER
     if chunks_begun:
         return replies.CHUNKS_BEGUN
-    if transaction.envelope.binary:
+    if transaction.envelope.mail_params and transaction.envelope.binary:
         return replies.BINARY_BY_DATA
     return None if transaction.routes else _no_recipients(rules)
 
@@ -164,16 +167,15 @@ def _no_recipients(rules: Rules) -> Reply:
     return replies.NO_RECIPIENTS_LMTP if rules.protocol == "lmtp" else replies.NO_RECIPIENTS
 
 
-def content(rules: Rules, receiver: Receiver) -> Reply | None:
-    """After the true end of the content. What smells of smuggling comes before what is merely too much."""
-    fault = receiver.content_fault
+def content(rules: Rules, fault: str | None, size: int, longest: int, hops: int) -> Reply | None:
+    """After the true end of the content; see ``Receiver.facts``. What smells of smuggling comes before what is merely too much."""
     if fault is not None:
         return content_fault(rules, fault)
-    if receiver.size > rules.message_size:
+    if size > rules.message_size:
         return replies.over_limit(rules.message_size)
-    if receiver.hops > rules.hops:
+    if hops > rules.hops:
         return replies.LOOP
-    if rules.long_lines == "reject" and receiver.longest > TEXT_LINE:
+    if rules.long_lines == "reject" and longest > TEXT_LINE:
         return replies.LONG_LINE
     return None
 

@@ -8,8 +8,9 @@ forgiven when that message is accepted. Neither knows a command.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
+
+from mypy_extensions import mypyc_attr
 
 from ..reply import Reply
 
@@ -25,10 +26,49 @@ JUNK_FREE: Final = 100
 #: Malformed lines with which we hang up, however many messages were accepted.
 BAD_LINES_AT_MOST: Final = 3
 
+#: Octets of replies from which on another one is not joined to them.
+LONG: Final = 1024
+
 #: Errors and junk counted up to some moment.
 Mark = tuple[int, int]
 
 
+@mypyc_attr(acyclic=True, free_list_len=1)
+class Said:
+    """Replies one behind the other. They are few and short, so that they are joined as they come; of many none is copied
+    again and again, because what has become long is put aside."""
+
+    __slots__ = ("_aside", "_wire", "count")
+
+    def __init__(self) -> None:
+        self._wire = b""
+        self._aside: list[bytes] | None = None
+        self.count = 0
+
+    def add(self, wire: bytes) -> None:
+        self.count += 1
+        if len(self._wire) < LONG:
+            self._wire = self._wire + wire if self._wire else wire
+        else:
+            if self._aside is None:
+                self._aside = []
+            self._aside.append(self._wire)
+            self._wire = wire
+
+    def take(self) -> bytes:
+        """All of them, and none is left; ``b""`` if there was none."""
+        wire = self._wire
+        if wire:
+            if self._aside is not None:
+                self._aside.append(wire)
+                wire = b"".join(self._aside)
+                self._aside = None
+            self._wire = b""
+            self.count = 0
+        return wire
+
+
+@mypyc_attr(acyclic=True, free_list_len=1)
 class Owed:
     """The place of one answer among the replies, and what was said after it."""
 
@@ -40,7 +80,7 @@ class Owed:
         self.mark = mark
         self.wire: bytes | None = None
         self.silent = False
-        self.after: list[bytes] = []
+        self.after = Said()
 
 
 class Order:
@@ -49,14 +89,14 @@ class Order:
     __slots__ = ("_out", "_tail", "owed")
 
     def __init__(self) -> None:
-        self._out: list[bytes] = []
+        self._out = Said()
         #: Where the next reply goes: ``_out``, or behind the last owed answer.
         self._tail = self._out
         #: Oldest first.
         self.owed: list[Owed] = []
 
     def say(self, wire: bytes) -> None:
-        self._tail.append(wire)
+        self._tail.add(wire)
 
     def owe(self, number: int, count: int, mark: Mark) -> None:
         """An answer of ``count`` replies comes here later."""
@@ -67,9 +107,9 @@ class Order:
     @property
     def full(self) -> bool:
         """No more should be taken on until an answer is in."""
-        return bool(self.owed) and (len(self.owed) >= ANSWERS_OWED or len(self._tail) >= REPLIES_HELD)
+        return bool(self.owed) and (len(self.owed) >= ANSWERS_OWED or self._tail.count >= REPLIES_HELD)
 
-    def settle(self, number: int, answer: Sequence[Reply] | None) -> Owed | None:
+    def settle(self, number: int, answer: list[Reply] | None) -> Owed | None:
         """The answer is known (None: it never will be). None comes back where nothing is owed
         (any more). Raises ValueError when the count is off, RuntimeError for a second answer."""
         for place in self.owed:
@@ -98,11 +138,13 @@ class Order:
             place = owed[0]
             if place.wire is None:
                 return True
-            del owed[0]
+            owed.pop(0)
             if place.silent:
                 return False
-            self._out.append(place.wire)
-            self._out += place.after
+            self._out.add(place.wire)
+            after = place.after.take()
+            if after:
+                self._out.add(after)
         self._tail = self._out
         return True
 
@@ -115,12 +157,7 @@ class Order:
 
     def take(self) -> bytes:
         """What may be written now; ``b""`` if nothing."""
-        out = self._out
-        if not out:
-            return b""
-        wire = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
-        return wire
+        return self._out.take()
 
 
 class Conduct:

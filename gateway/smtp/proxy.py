@@ -51,7 +51,7 @@ UNKNOWN_ADDRESS: Final = "0.0.0.0"
 Fault = Literal["missing", "malformed", "too long"]
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Header:
     """What a proxy said. With a ``fault`` nothing else holds.
 

@@ -18,7 +18,7 @@ RFC 5321, 2033 (LMTP), 2920 (PIPELINING), 3030 (CHUNKING, BINARYMIME), 1870 (SIZ
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from .._parser import Command
 from ..contracts import Judgement, Login, Question, Transaction, Verdict
@@ -69,16 +69,16 @@ __all__ = [
     "TLSWanted",
 ]
 
-_HTTP = frozenset({"GET", "POST", "CONNECT", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "PRI"})
+_HTTP: Final = frozenset({"GET", "POST", "CONNECT", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "PRI"})
 
 #: Failed logins with which a session ends.
-LOGINS_AT_MOST = 3
+LOGINS_AT_MOST: Final = 3
 
-_OK = replies.OK.wire
-_SENDER_OK = replies.SENDER_OK.wire
-_RECIPIENT_OK = replies.RECIPIENT_OK.wire
-_CHUNK_OK = replies.CHUNK_OK.wire
-_START_CONTENT = replies.START_CONTENT.wire
+_OK: Final = replies.OK.wire
+_SENDER_OK: Final = replies.SENDER_OK.wire
+_RECIPIENT_OK: Final = replies.RECIPIENT_OK.wire
+_CHUNK_OK: Final = replies.CHUNK_OK.wire
+_START_CONTENT: Final = replies.START_CONTENT.wire
 
 
 class ServerSession(Conversation):
@@ -155,7 +155,7 @@ class ServerSession(Conversation):
         if isinstance(verdict.facts, dict):
             transaction.facts.setdefault("checks", {}).update(verdict.facts)
         self._spurned = False
-        self._say(_sender_ok(transaction))
+        self._order.say(_sender_ok(transaction))
 
     def _settle_recipient(self, question: Question, verdict: Verdict) -> None:
         transaction, route, recipient = self._transaction, self._route, question.recipient
@@ -175,7 +175,7 @@ class ServerSession(Conversation):
             return
         transaction.envelope.recipients.append(recipient)
         transaction.routes.append(route)
-        self._say(_RECIPIENT_OK)
+        self._order.say(_RECIPIENT_OK)
 
     # ------------------------------------------------------------------- TLS
 
@@ -187,7 +187,7 @@ class ServerSession(Conversation):
             if early:
                 self._refuse("command", replies.TOO_EARLY)
             else:
-                self._say(replies.TLS_READY.wire)
+                self._order.say(replies.TLS_READY.wire)
         return self._taken()
 
     def secured(self, tls: TLS) -> None:
@@ -268,9 +268,9 @@ class ServerSession(Conversation):
             client = self.client
             speaker = self._trusted and (client.tls is not None or rules.tls != "required")
             keywords = offered(rules, client)
-            self._say(replies.offer(rules.hostname, rules.message_size, rules.recipients, keywords, speaker, self._mechanisms()))
+            self._order.say(replies.offer(rules.hostname, rules.message_size, rules.recipients, keywords, speaker, self._mechanisms()))
         else:
-            self._say(replies.greeted(rules.hostname).wire)
+            self._order.say(replies.greeted(rules.hostname).wire)
 
     def _wrong_hello(self, command: Command) -> None:
         if self._ends_group():
@@ -309,7 +309,7 @@ class ServerSession(Conversation):
         if command.fault is not None:
             self._fault("command", replies.NO_ARGUMENT)
             return
-        self._say(replies.QUIT.wire)
+        self._order.say(replies.QUIT.wire)
         self._close()
 
     def _not_offered(self, command: Command) -> None:
@@ -347,7 +347,7 @@ class ServerSession(Conversation):
             self._fault("command", told)
             return
         self._forwarded = {**(self._forwarded or {}), **told}
-        self._say(_OK)
+        self._order.say(_OK)
 
     def _proxy(self, command: Command) -> None:
         self._refuse("command", replies.NO_PROXY)
@@ -424,7 +424,7 @@ class ServerSession(Conversation):
         assert exchange is not None  # the step is its own
         if isinstance(step, bytes):
             self._state = RESPONSE
-            self._say(replies.challenge(step))
+            self._order.say(replies.challenge(step))
         elif isinstance(step, Login):
             self._question = step
             self.paused = True
@@ -441,7 +441,7 @@ class ServerSession(Conversation):
             self.client = replace(client, protocol=self._protocol(utf8=False))
             self._failures = 0
             self._events.append(LoggedIn(exchange.name, step.identity))
-            self._say(replies.LOGGED_IN.wire)
+            self._order.say(replies.LOGGED_IN.wire)
 
     def _settle_login(self, judgement: Judgement) -> None:
         exchange = self._exchange
@@ -486,7 +486,8 @@ class ServerSession(Conversation):
     def _mail(self, command: Command) -> None:
         rules = self.rules
         client = self.client
-        refusal = judge.mail(rules, client, self._greeted, self._transaction, command)
+        params = command.params
+        refusal = judge.mail(rules, client, self._greeted, self._transaction, command, params)
         if refusal is not None:
             if self._transaction is None:
                 # The RCPT and DATA that come pipelined behind it are no errors of their own.
@@ -494,14 +495,13 @@ class ServerSession(Conversation):
             self._fault("mail", refusal, command.address)
             return
         address = command.address or ""
-        params = command.params
-        if "SMTPUTF8" in params:
+        if params and "SMTPUTF8" in params:
             client = replace(client, protocol=self._protocol(utf8=True))
         self._number = number = self._number + 1
         transaction = Transaction(number, self.session, self.listener, client, Envelope(address, params, []))
         transaction.lmtp = rules.protocol == "lmtp"
         transaction.submission = rules.protocol == "submission"
-        if "MT-PRIORITY" in params:
+        if params and "MT-PRIORITY" in params:
             transaction.priority = rules.extensions.priority(params, client)
         if self._facts:
             transaction.facts["checks"] = dict(self._facts)
@@ -513,27 +513,29 @@ class ServerSession(Conversation):
             self._ask(SenderAsked(Question("sender", client, self.listener, sender=address), rules.sender_checks))
         else:
             self._spurned = False
-            self._say(_sender_ok(transaction))
+            self._order.say(_sender_ok(transaction))
 
     def _rcpt(self, command: Command) -> None:
         transaction = self._transaction
-        refusal = judge.rcpt(self.rules, transaction, self._chunk_total >= 0, command)
+        rules = self.rules
+        address, local, domain, params, ascii = command.path()
+        refusal = judge.rcpt(rules, transaction, self._chunk_total >= 0, command.fault, params)
         if refusal is not None:
             if transaction is None and self._spurned:
-                self._refuse("recipient", refusal, command.address)
+                self._refuse("recipient", refusal, address)
             else:
-                self._fault("recipient", refusal, command.address)
+                self._fault("recipient", refusal, address)
             return
         assert transaction is not None  # or rcpt() had refused
-        route = judge.recipient(self.rules, transaction, command)
+        route = judge.recipient(rules, transaction, ascii, address or "", local, domain)
         if isinstance(route, Reply):
             # Not an error of the client's: lists have dead addresses.
             self._spurned = True
-            self._refuse("recipient", route, command.address)
+            self._refuse("recipient", route, address)
             return
-        recipient = judge.named(self.rules, command)
-        if route.checks and self.rules.recipient_checks:
-            names = tuple(name for name in route.checks if name in self.rules.recipient_checks)
+        recipient = judge.named(rules, address or "", local, domain, params)
+        if route.checks and rules.recipient_checks:
+            names = tuple(name for name in route.checks if name in rules.recipient_checks)
             if names:
                 sender = transaction.envelope.mail_from
                 self._route = route
@@ -541,7 +543,7 @@ class ServerSession(Conversation):
                 return
         transaction.envelope.recipients.append(recipient)
         transaction.routes.append(route)
-        self._say(_RECIPIENT_OK)
+        self._order.say(_RECIPIENT_OK)
 
     # ------------------------------------------------------------------ DATA
 
@@ -558,7 +560,7 @@ class ServerSession(Conversation):
         self._begun = True
         self._state = CONTENT
         self._events.append(MailStarted(transaction))
-        self._say(_START_CONTENT)
+        self._order.say(_START_CONTENT)
 
     def _refuse_contentless(self, reply: Reply) -> None:
         """DATA or a chunk that cannot be; junk where it may only follow from a refusal of ours."""
@@ -591,18 +593,15 @@ class ServerSession(Conversation):
     def _end_content(self, transaction: Transaction) -> None:
         """The true end of the content was read, by DATA or by the last chunk."""
         self._state = COMMAND
-        receiver = self._receiver
-        refusal = judge.content(self.rules, receiver)
+        fault, size, longest, eight_bit, header_size, _header_fields, hops = self._receiver.facts()
+        refusal = judge.content(self.rules, fault, size, longest, hops)
         if refusal is not None:
             self._refuse_content(transaction, refusal)
         else:
-            transaction.size = receiver.size
-            transaction.eight_bit = receiver.eight_bit
-            transaction.header_size = receiver.header_size
-            facts = transaction.facts
-            facts["hops"] = receiver.hops
-            facts["longest"] = receiver.longest
-            facts["header_fields"] = receiver.header_fields
+            transaction.size = size
+            transaction.eight_bit = eight_bit
+            transaction.header_size = header_size
+            transaction.hops = hops
             self._transaction = None
             self._begun = False
             self._chunk_total = -1
@@ -688,7 +687,7 @@ class ServerSession(Conversation):
             self._end_content(transaction)
             return
         elif receiver.content_fault is None:
-            self._say(_CHUNK_OK)
+            self._order.say(_CHUNK_OK)
         else:
             self._abort()
             self._spurned = True
@@ -709,7 +708,7 @@ class ServerSession(Conversation):
             self._fault("data", reply)
 
 
-_EVERYWHERE: Verbs = {
+_EVERYWHERE: Final[Verbs] = {
     "MAIL": ServerSession._mail,
     "RCPT": ServerSession._rcpt,
     "DATA": ServerSession._data,
@@ -726,13 +725,13 @@ _EVERYWHERE: Verbs = {
     "PROXY": ServerSession._proxy,
     **dict.fromkeys(("EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"), ServerSession._not_offered),
 }
-_SMTP: Verbs = {
+_SMTP: Final[Verbs] = {
     **_EVERYWHERE,
     "HELO": ServerSession._helo,
     "EHLO": ServerSession._ehlo,
     "LHLO": ServerSession._wrong_hello,
 }
-_LMTP: Verbs = {
+_LMTP: Final[Verbs] = {
     **_EVERYWHERE,
     "LHLO": ServerSession._ehlo,
     "HELO": ServerSession._wrong_hello,
@@ -740,13 +739,14 @@ _LMTP: Verbs = {
 }
 #: In clear where TLS is demanded: all but these is refused (RFC 3207 §4). What follows BDAT is read
 #: over all the same, and a proxy or another protocol is told what it always is.
-_WELCOME_IN_CLEAR = ("EHLO", "LHLO", "NOOP", "QUIT", "STARTTLS", "BDAT", "PROXY")
-_SMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _SMTP.items()}
-_LMTP_BEFORE_TLS: Verbs = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _LMTP.items()}
+_WELCOME_IN_CLEAR: Final = ("EHLO", "LHLO", "NOOP", "QUIT", "STARTTLS", "BDAT", "PROXY")
+_SMTP_BEFORE_TLS: Final[Verbs] = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _SMTP.items()}
+_LMTP_BEFORE_TLS: Final[Verbs] = {verb: do if verb in _WELCOME_IN_CLEAR else ServerSession._tls_first for verb, do in _LMTP.items()}
 
 
 def _sender_ok(transaction: Transaction) -> bytes:
-    if extensions.priority_changed(transaction.envelope.mail_params, transaction.priority):
+    params = transaction.envelope.mail_params
+    if params and extensions.priority_changed(params, transaction.priority):
         return replies.priority_changed(transaction.priority).wire
     return _SENDER_OK
 
@@ -758,4 +758,4 @@ def _verbs(rules: Rules, client: Client) -> Verbs:
 
 
 #: A client that was refused at the door.
-_TURNED_AWAY: Verbs = {"QUIT": ServerSession._quit}
+_TURNED_AWAY: Final[Verbs] = {"QUIT": ServerSession._quit}

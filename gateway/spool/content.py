@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .._parser import crc32
 from ..contracts import SpoolError
 from .files import Files
 
@@ -104,7 +104,7 @@ class SpoolFile:
             self._error = error
             raise
         for piece in pieces:
-            self.sum = zlib.crc32(piece, self.sum)
+            self.sum = crc32(piece, self.sum)
             self.size += len(piece)
 
     def _sync(self, size: int) -> None:
@@ -191,7 +191,7 @@ class Contents:
             descriptor = self.files.open(path, os.O_RDONLY)
             try:
                 while piece := self.files.read(descriptor, _PIECE):
-                    found = zlib.crc32(piece, found)
+                    found = crc32(piece, found)
                     total += len(piece)
             finally:
                 self.files.close(descriptor)

@@ -12,6 +12,8 @@ Invariants:
   the first commit: its pages may sit in the kernel's cache as clean and yet be on no disk.
 - A database that SQLite finds damaged is read out (``salvage.py``) into a new one when it is
   opened, and kept beside it; what is damaged while it works ends the process for that.
+- Values that are read are of any type, however they are declared: what is damaged may be anything
+  (and compiled, a cast to a tuple of types is a test of each).
 - The GIL is taken as seldom as can be: many rows to a statement, since each return from
   SQLite waits for the loop's thread to let go of it.
 """
@@ -24,21 +26,20 @@ import os
 import queue
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, cast
 
 import apsw
 import orjson
+from mypy_extensions import mypyc_attr
 
 from ..contracts import Pending, SpoolError, no_room
 from ..message import Message
 from .files import Files
 from .records import (
     APPLICATION_ID,
-    CONTENT,
     CONTENT_SUM,
     FIRST_SPLIT,
     MESSAGE_COLUMNS,
@@ -54,6 +55,7 @@ from .records import (
     VERSION,
     Columns,
     DamagedError,
+    Entry,
     Snapshot,
     Value,
     text,
@@ -101,29 +103,17 @@ SUSPECT = "suspect"
 _DAMAGE = (apsw.CorruptError, apsw.NotADBError)
 
 
+@mypyc_attr(native_class=False)
 class RefusedError(Exception):
     """This entry can never be stored, whatever the disk does."""
 
 
+@mypyc_attr(native_class=False)
 class InUseError(SpoolError):
     """Another process has this spool."""
 
 
-@dataclass(slots=True)
-class Entry:
-    """What one ticket or mark adds to a group.
-
-    ``changes``: key and what the row is to be, None to delete it. ``splits``: further rows of
-    a stored message; ``split_keys`` come back."""
-
-    messages: list[Columns] = field(default_factory=list)
-    pendings: list[Columns] = field(default_factory=list)
-    changes: list[tuple[int, Snapshot | None]] = field(default_factory=list)
-    splits: list[tuple[int, Snapshot]] = field(default_factory=list)
-    split_keys: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
+@dataclass
 class Written:
     """What became of a group: an error (or None) per entry, content files whose message is
     gone, how long it took; ``trouble``: all was stored, but the checkpoint after it failed."""
@@ -134,7 +124,7 @@ class Written:
     trouble: str | None
 
 
-@dataclass(slots=True)
+@dataclass
 class Opened:
     next_key: int
     messages: int
@@ -143,7 +133,7 @@ class Opened:
     damage: str | None
 
 
-@dataclass(slots=True)
+@dataclass
 class Listed:
     """One row for a person. ``id``: the delivery's, ``message_id``: the message's. ``not_before``:
     its sender wants it held until then, 0 for no such wish."""
@@ -164,7 +154,7 @@ class Listed:
     not_before: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass
 class Loaded:
     """``content_sum`` is to be held against the file where the content lies in one."""
 
@@ -185,8 +175,8 @@ _INSERT_PENDINGS = {size: f"INSERT INTO pendings ({PENDING_COLUMNS}) VALUES {_ro
 _UPDATE_PENDINGS = {
     size: f"""
 UPDATE pendings SET sink = v.column2,
-  state = CASE WHEN person AND v.column3 = 'queued' THEN 'held' ELSE v.column3 END,
-  person = person AND v.column3 <> 'dead',
+  state = CASE WHEN coalesce(person, 1) AND v.column3 = 'queued' THEN 'held' ELSE v.column3 END,
+  person = coalesce(person, 1) AND v.column3 <> 'dead',
   priority = v.column4, due = v.column5, expires_at = v.column6, part = v.column7, attempts = v.column8, down = v.column9,
   recipients = v.column11, note = v.column12, sum = v.column13
 FROM (VALUES {_rows(PENDING_WIDTH, size)}) AS v WHERE pendings.key = v.column1"""
@@ -224,8 +214,7 @@ class Writer:
 
     def __init__(self, name: str) -> None:
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], None]) -> None:
         """``work`` raises nothing."""
@@ -240,6 +229,7 @@ class Writer:
             work()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Engine:
     """See the module. ``fatal`` is set once and for all when nobody knows what the last
     commit left behind: the process must exit, the next one recovers."""
@@ -328,7 +318,8 @@ class Engine:
         self._put_in_place()
         try:
             opened = self._open_database()
-        except _DAMAGE as error:
+        except (*_DAMAGE, apsw.ConstraintError) as error:
+            # What no table takes back was never stored so: a value of another type than its column's.
             return self._open_salvaged(_words(error))
         if opened is None:
             return self._open_salvaged("the WAL is damaged in its middle")
@@ -539,7 +530,7 @@ class Engine:
     def _survey(self) -> Opened:
         self._tally.clear()
         further = 0
-        for sink, state, count, first, more in cast("list[tuple[bytes, bytes, int, int, int]]", self._at.execute(_SURVEY).fetchall()):
+        for sink, state, count, first, more in cast("list[tuple[Any, ...]]", self._at.execute(_SURVEY).fetchall()):
             further += more
             place = (text(sink), text(state))
             if self._settled and (state not in (b"queued", b"held", b"dead") or place[0].encode() != sink):
@@ -673,28 +664,38 @@ class Engine:
     def _group(self, entries: list[Entry]) -> list[str]:
         delta: list[tuple[str, str, int, int]] = []
         files: list[str] = []
+        messages: list[Columns] = []
+        pendings: list[Columns] = []
+        changes: dict[int, Snapshot | None] = {}
+        splitting: list[Entry] = []
+        for entry in entries:
+            messages += entry.messages
+            pendings += entry.pendings
+            changes.update(entry.changes)
+            if entry.splits:
+                splitting.append(entry)
 
         def work() -> None:
-            messages = [self._summed(row) for entry in entries for row in entry.messages]
-            pendings = [row for entry in entries for row in entry.pendings]
-            self._many(_INSERT_MESSAGES, messages)
-            self._many(_INSERT_PENDINGS, pendings)
-            delta.extend((cast(str, row[1]), cast(str, row[2]), 1, cast(int, row[0])) for row in pendings)
-            self._file_count += sum(row[4] is not None for row in messages)
-            changes = {key: change for entry in entries for key, change in entry.changes}
+            self._insert(messages, pendings, delta)
             if changes:
-                self._change(changes, [entry for entry in entries if entry.splits], delta, files)
+                self._change(changes, splitting, delta, files)
 
         self._transaction(work)
         self._count(delta)
         self._file_count -= len(files)
         return files
 
-    def _summed(self, row: Columns) -> Columns:
-        # crc32 lets go of the GIL for more than 5 KiB: large contents are summed here, not on the loop.
-        if row[CONTENT_SUM] is None:
-            return (*row[:CONTENT_SUM], zlib.crc32(cast(bytes, row[CONTENT])), *row[CONTENT_SUM + 1 :])
-        return row
+    def _insert(self, messages: list[Columns], pendings: list[Columns], delta: list[tuple[str, str, int, int]]) -> None:
+        self._many(_INSERT_MESSAGES, messages)
+        self._many(_INSERT_PENDINGS, pendings)
+        new: dict[tuple[Value, Value], list[int]] = {}
+        for row in pendings:
+            new.setdefault((row[1], row[2]), []).append(cast(int, row[0]))
+        for (sink, state), keys in new.items():
+            delta.append((cast(str, sink), cast(str, state), len(keys), min(keys)))
+        for row in messages:
+            if row[4] is not None:
+                self._file_count += 1
 
     def _change(
         self, changes: dict[int, Snapshot | None], splitting: list[Entry], delta: list[tuple[str, str, int, int]], files: list[str]
@@ -740,7 +741,7 @@ class Engine:
 
     def _tallied(self, keys: str, sign: int) -> list[tuple[str, str, int, int]]:
         """How these rows (a JSON list of keys) count: ``(sink, state, rows, lowest key)``."""
-        found = cast("list[tuple[bytes, bytes, int, int]]", self._at.execute(_TALLY, (keys,)).fetchall())
+        found = cast("list[tuple[Any, ...]]", self._at.execute(_TALLY, (keys,)).fetchall())
         return [(text(sink), text(state), sign * count, key) for sink, state, count, key in found]
 
     def _count(self, delta: Iterable[tuple[str, str, int, int]]) -> None:
@@ -751,8 +752,9 @@ class Engine:
             if change > 0 and key < self._floor.get(place, key + 1):
                 self._floor[place] = key
 
-    def _transaction(self, work: Callable[[], None]) -> None:
-        """Run ``work`` and commit. Raises SpoolError, or RefusedError for what no disk would take."""
+    def _transaction(self, work: Callable[[], None], stored: bool = False) -> None:
+        """Run ``work`` and commit. Raises SpoolError, or RefusedError for what no disk would take; ``stored``: what
+        it cannot take was stored before, so it is damaged."""
         if self.fatal is not None:
             raise SpoolError(self.fatal, known=True)
         execute = self._at.execute
@@ -768,9 +770,9 @@ class Engine:
             full = self._is_full(error)
             self._file_count = files
             self._roll_back(error)
-            if isinstance(error, _DAMAGE):
+            if isinstance(error, _DAMAGE) or (stored and isinstance(error, apsw.ConstraintError)):
                 self.suspect(error)
-            if isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
+            elif isinstance(error, (apsw.ConstraintError, apsw.TooBigError, apsw.MismatchError, TypeError, ValueError, OverflowError)):
                 raise RefusedError(_words(error)) from error
             raise SpoolError(f"nothing was stored: {_words(error)}", known=True, full=full) from error
         try:
@@ -900,7 +902,7 @@ class Engine:
         priority: int | None = 1 << 31
         while room > 0 or share:
             # One seek per priority that is in use; rows not yet due are never walked.
-            ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
+            ((priority,),) = cast("list[tuple[Any]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
             if priority is None:
                 break
             read = self._at.execute(_DUE, (sink, priority, before, max(room, share))).fetchall()
@@ -920,7 +922,7 @@ class Engine:
         return found, damaged
 
     @staticmethod
-    def _unpacked(rows: Sequence[Sequence[Value]], damaged: list[tuple[int, str]]) -> list[Pending]:
+    def _unpacked(rows: Sequence[Sequence[Any]], damaged: list[tuple[int, str]]) -> list[Pending]:
         found = []
         for *row, message_id in rows:
             key = cast(int, row[0])
@@ -929,7 +931,7 @@ class Engine:
                 continue
             try:
                 found.append(unpack_pending(tuple(row), text(message_id)))
-            except DamagedError as error:
+            except (DamagedError, TypeError) as error:
                 damaged.append((key, str(error)))
         return found
 
@@ -939,7 +941,7 @@ class Engine:
         No index knows this: it would cost every mail, and the walk is short where little waits."""
         if not any(count for (_sink, state), count in self._tally.items() if state == "queued"):
             return [], [], 0
-        ((end,),) = cast("list[tuple[int | None]]", self._at.execute(_SLICE, (after, SLICE)).fetchall())
+        ((end,),) = cast("list[tuple[Any]]", self._at.execute(_SLICE, (after, SLICE)).fetchall())
         if end is None:
             return [], [], 0
         damaged: list[tuple[int, str]] = []
@@ -952,10 +954,10 @@ class Engine:
         earliest: float | None = None
         priority: int | None = 1 << 31
         while True:
-            ((priority,),) = cast("list[tuple[int | None]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
+            ((priority,),) = cast("list[tuple[Any]]", self._at.execute(_NEXT_PRIORITY, (sink, priority)).fetchall())
             if priority is None:
                 return earliest
-            ((due,),) = cast("list[tuple[float | None]]", self._at.execute(_NEXT_DUE, (sink, priority, after)).fetchall())
+            ((due,),) = cast("list[tuple[Any]]", self._at.execute(_NEXT_DUE, (sink, priority, after)).fetchall())
             if due is not None and (earliest is None or due < earliest):
                 earliest = due
 
@@ -974,7 +976,7 @@ class Engine:
                 key = cast(int, found[0][0])
                 self._floor[sink, state] = key
                 for (received_at,) in self._at.execute("SELECT received_at FROM messages WHERE key = ?", (key >> SHIFT,)):
-                    oldest = cast(float, received_at)
+                    oldest = cast(Any, received_at)
             result[sink, state] = (count, oldest)
         return result
 
@@ -1007,14 +1009,17 @@ class Engine:
 
         delta: list[tuple[str, str, int, int]] = []
         try:
-            self._transaction(work)
+            self._transaction(work, stored=True)
         except (SpoolError, RefusedError):
             return
         self._count(delta)
 
-    def set_message_aside(self, key: int, why: str) -> None:
+    def set_message_aside(self, key: int, why: str) -> bool:
+        """Whether anything of it is owed still: what a person dropped meanwhile is not damaged, but gone."""
         rows = self._at.execute(f"SELECT key FROM pendings WHERE key BETWEEN ? AND ? | {NUMBERS}", (key << SHIFT, key << SHIFT)).fetchall()
-        self.set_aside([cast(int, row[0]) for row in rows], why)
+        if rows:
+            self.set_aside([cast(int, row[0]) for row in rows], why)
+        return bool(rows)
 
     # ---------------------------------------------------------------------------- for people
 
@@ -1031,12 +1036,12 @@ class Engine:
             )
             done = self._database.changes()
 
-        self._transaction(work)
+        self._transaction(work, stored=True)
         return done
 
     def select(
         self, sink: str | None, state: str | None, ids: Sequence[str] | None, after: int, limit: int
-    ) -> list[tuple[int, Columns, str, bytes, int]]:
+    ) -> list[tuple[int, Columns, str, Any, Any]]:
         """Rows in the order of arrival from key ``after`` on:
         ``(key, pending, message id, meta, size)``."""
         terms, bindings = ["p.key > ?"], cast("list[Value]", [after])
@@ -1065,7 +1070,7 @@ class Engine:
         ).fetchall()
         result = []
         for row in rows:
-            message_id, meta, size = cast("tuple[bytes | None, bytes, int]", row[PENDING_WIDTH:])
+            message_id, meta, size = cast("tuple[Any, ...]", row[PENDING_WIDTH:])
             result.append((cast(int, row[0]), cast(Columns, row[:PENDING_WIDTH]), text(message_id), meta, size))
         return result
 
@@ -1150,7 +1155,7 @@ class Engine:
             delta.extend(self._tallied(told[0], 1))
 
         if keys:
-            self._transaction(work)
+            self._transaction(work, stored=True)
             self._count(delta)
             self._file_count -= len(files)
         return len(keys), rows[-1][0] if len(rows) == BATCH else 0, files

@@ -5,7 +5,8 @@ Owns when a group closes and who is told what; ``engine.py`` does the writing in
 (Store), marks and rows.
 
 How a group comes about: tickets and marks gather on the loop. When the writer is idle and a
-ticket waits, or the oldest mark is 50 ms old, or many marks wait, the loop closes the group:
+ticket waits (with as many others as the last group told or left behind, or 2 ms after it), or
+the oldest mark is 50 ms old, or many marks wait, the loop closes the group:
 it asks every ticket for its rows (``Store.close``) and hands them to the thread, which makes
 one transaction of them. What arrives meanwhile is the next group. A message with a content
 file has the file and its folder synced first, beside the others, and joins the first group
@@ -30,22 +31,21 @@ import os
 import re
 import time
 import traceback
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import apsw
 
+from .._parser import crc32
 from ..contracts import Mark, Observer, Pending, Row, SpoolError, Store, no_room
 from ..message import Message
 from .content import Contents, SpoolFile
-from .engine import Action, Engine, Entry, InUseError, Listed, Loaded, RefusedError, Writer, Written
+from .engine import Action, Engine, InUseError, Listed, Loaded, RefusedError, Writer, Written
 from .files import Files
-from .records import FIRST_SPLIT, SHIFT, Snapshot, pack_message
+from .records import FIRST_SPLIT, SHIFT, Entry, Snapshot
 
 __all__ = ["InUseError", "Listed", "SqliteSpool"]
 
@@ -53,13 +53,15 @@ __all__ = ["InUseError", "Listed", "SqliteSpool"]
 GROUP_OCTETS = 2 * 2**20
 GROUP_TICKETS = 512
 
+#: Seconds after the end of a group for which a ticket waits for those whom it told to come again, and
+#: the groups that do not wait after fewer than three quarters came.
+COMPANY = 0.002
+IMPATIENT = 16
+
 #: Seconds a mark waits for company, marks that need not wait, marks in one group.
 MARK_DELAY = 0.05
 MARKS_ENOUGH = 256
 MARKS_LIMIT = 1024
-
-#: Contents up to this many octets are summed on the loop; zlib lets go of the GIL for more.
-_SUM_ON_LOOP = 5 * 1024
 
 #: Messages read in one go.
 _LOADS = 64
@@ -75,28 +77,31 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True)
 class _Part:
     """One ticket or mark in a group, and who is told in the end."""
 
-    entry: Entry
-    size: int
-    ticket: Store | None = None
-    mark: Mark | None = None
-    owners: list[tuple[Pending, int]] = field(default_factory=list)
-    files: list[SpoolFile] = field(default_factory=list)
-    unsynced: int = 0
-    error: SpoolError | None = None
+    __slots__ = ("entry", "error", "files", "mark", "size", "ticket", "unsynced")
+
+    def __init__(self, size: int, ticket: Store | None, mark: Mark | None) -> None:
+        self.entry = Entry()
+        self.size = size
+        self.ticket = ticket
+        self.mark = mark
+        self.files: list[SpoolFile] = []
+        self.unsynced = 0
+        self.error: SpoolError | None = None
 
 
-@dataclass(slots=True)
 class _Marked:
     """A mark that waits; ``change`` is None where the row goes."""
 
-    mark: Mark
-    since: float
-    change: Snapshot | None
-    splits: list[Snapshot]
+    __slots__ = ("change", "mark", "since", "splits")
+
+    def __init__(self, mark: Mark, since: float, change: Snapshot | None, splits: list[Snapshot]) -> None:
+        self.mark = mark
+        self.since = since
+        self.change = change
+        self.splits = splits
 
 
 class SqliteSpool:
@@ -104,7 +109,8 @@ class SqliteSpool:
 
     ``vfs``: the name of a registered apsw VFS, None for SQLite's own. ``files``: all other file
     access. ``minimum_free``: a fraction (below 1) of disk and inodes, or octets; under it the
-    spool is ``unhealthy``. ``on_fatal``: called once, on the loop, with the reason."""
+    spool is ``unhealthy``. ``on_fatal``: called once, on the loop, with the reason. ``engine``: what
+    writes, a subclass where a test looks on."""
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class SqliteSpool:
         files: Files | None = None,
         minimum_free: float = 0.05,
         on_fatal: Callable[[str], None] | None = None,
+        engine: type[Engine] = Engine,
     ) -> None:
         self.folder = os.path.abspath(folder)
         self.fatal: str | None = None
@@ -124,7 +131,7 @@ class SqliteSpool:
         self.left: Mapping[tuple[str, str], tuple[int, float]] = {}
         self._observer = observer
         self._files = files or Files()
-        self._engine = Engine(self.folder, vfs, self._files)
+        self._engine = engine(self.folder, vfs, self._files)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer: Writer | None = None
         self._contents: Contents | None = None
@@ -137,6 +144,13 @@ class SqliteSpool:
         self._syncing = 0
         self._busy = False
         self._scheduled = False
+        # The last group left some behind; so many tickets are worth waiting for, until then (loop
+        # time); so many groups wait for nobody, because it was in vain.
+        self._full = False
+        self._expected = 0
+        self._patient_until = 0.0
+        self._impatient = 0
+        self._company_timer: asyncio.TimerHandle | None = None
         self._mark_timer: asyncio.TimerHandle | None = None
         self._watch_timer: asyncio.TimerHandle | None = None
         self._trouble: str | None = None
@@ -186,7 +200,7 @@ class SqliteSpool:
             return None
         self._closing = True
         loop = self._here
-        for timer in (self._watch_timer, self._mark_timer):
+        for timer in (self._watch_timer, self._mark_timer, self._company_timer):
             if timer is not None:
                 timer.cancel()
         self._idle = loop.create_future()
@@ -231,8 +245,8 @@ class SqliteSpool:
         never given to the spool."""
         pending = mark.pending
         assert pending.key or pending in self._writing, f"a mark for {pending.delivery_id} to {pending.sink} before its row was stored"
-        change = Snapshot.of(pending) if pending.recipients else None
-        splits = [Snapshot.of(split) for split in mark.splits]
+        change = Snapshot(pending) if pending.recipients else None
+        splits = [Snapshot(split) for split in mark.splits]
         if self.fatal is not None or self._closing or self._writer is None:
             return
         self._writing.update(mark.splits)
@@ -336,7 +350,7 @@ class SqliteSpool:
 
     def _close_group(self) -> None:
         self._scheduled = False
-        if self._busy or self._writer is None:
+        if self._busy or self._writer is None or self._waits_for_company():
             return
         parts: list[_Part] = []
         size = 0
@@ -356,6 +370,10 @@ class SqliteSpool:
         if not parts:
             self._rest()
             return
+        if self._company_timer is not None:
+            self._company_timer.cancel()
+            self._company_timer = None
+        self._full = bool(self._stores)
         self._busy = self._used = True
         self._groups += 1
         engine, loop = self._engine, self._here
@@ -374,6 +392,31 @@ class SqliteSpool:
 
         self._writer.submit(work)
 
+    def _look_for_company(self, told: int) -> None:
+        # Where more waits than one group takes, none is made larger by waiting.
+        self._expected = 0 if self._full or self._impatient else told + len(self._stores)
+        self._impatient = max(0, self._impatient - 1)
+        self._patient_until = self._here.time() + COMPANY
+
+    def _waits_for_company(self) -> bool:
+        """As many as the last group told, or left behind, are likely to come again at once: one sync
+        for all of them costs less than two for a half each."""
+        if self._closing or self._ready or not self._stores or len(self._stores) >= self._expected:
+            return False
+        wait = self._patient_until - self._here.time()
+        if wait <= 0.0:
+            return False
+        if self._company_timer is None:
+            self._company_timer = self._here.call_later(wait, self._company_due)
+        return True
+
+    def _company_due(self) -> None:
+        self._company_timer = None
+        if len(self._stores) * 4 < self._expected * 3:
+            self._impatient = IMPATIENT
+        self._expected = 0
+        self._wake()
+
     def _marks_are_due(self) -> bool:
         if self._trouble is not None and not self._closing:
             # They are tried again when a probe succeeds, or beside a message.
@@ -389,7 +432,7 @@ class SqliteSpool:
 
     def _take(self, ticket: Store, size: int) -> _Part | None:
         """Close one ticket. None: nothing to store (yet)."""
-        part = _Part(Entry(), size, ticket=ticket)
+        part = _Part(size, ticket, None)
         try:
             rows = ticket.close()
             if not rows:
@@ -417,26 +460,18 @@ class SqliteSpool:
             stored = row.message.stored
             key = self._next_key
             name: str | None = None
-            content_sum: int | None
             if stored.path is not None:
                 file = self._coming(stored.path)
                 part.files.append(file)
                 name, content_sum = file.name, file.sum
-            elif stored.size <= _SUM_ON_LOOP:
-                content_sum = zlib.crc32(stored.read())
             else:
-                content_sum = None
+                content_sum = crc32(stored.read())
             if not row.pendings or len(row.pendings) >= FIRST_SPLIT:
                 raise ValueError(f"message {row.message.id} owes {len(row.pendings)} sinks")
-            columns = pack_message(key, row.message, name, content_sum)
-            snapshots = [Snapshot.of(pending) for pending in row.pendings]
+            part.entry.add(key, row.message, row.pendings, name, content_sum)
             self._next_key += 1
-            part.entry.messages.append(columns)
-            for number, (pending, snapshot) in enumerate(zip(row.pendings, snapshots, strict=True)):
-                pending_key = key << SHIFT | number
-                part.entry.pendings.append(snapshot.columns(pending_key))
-                part.owners.append((pending, pending_key))
-        self._writing.update(pending for pending, _ in part.owners)
+        for row in rows:
+            self._writing.update(row.pendings)
 
     def _coming(self, path: str) -> SpoolFile:
         file = None if self._contents is None else self._contents.coming(path)
@@ -476,7 +511,7 @@ class SqliteSpool:
 
     def _pack_mark(self, marked: _Marked) -> _Part | None:
         mark = marked.mark
-        part = _Part(Entry(), 0, mark=mark)
+        part = _Part(0, None, mark)
         entry = part.entry
         try:
             if mark.follow:
@@ -502,6 +537,7 @@ class SqliteSpool:
 
     def _written(self, parts: list[_Part], written: Written, bug: str | None) -> None:
         self._busy = False
+        self._look_for_company(sum(part.ticket is not None for part in parts))
         if bug is not None:
             self._observer.event("bug", message="the spool's writer failed", traceback=bug)
         if self._engine.fatal is not None:
@@ -537,8 +573,9 @@ class SqliteSpool:
         elif self._trouble is not None and stored:
             self._clear_trouble()
         if stored:
-            self._observer.event("committed", count=stored, seconds=written.seconds)
-        self._close_group()
+            self._observer.tell("committed", {"count": stored, "seconds": written.seconds})
+        # What can be read now is read first, and shares the next sync.
+        self._wake()
 
     def _marked_again(self, part: _Part) -> _Marked:
         assert part.mark is not None
@@ -546,7 +583,7 @@ class SqliteSpool:
         return _Marked(part.mark, self._here.time(), change, [snapshot for _, snapshot in part.entry.splits])
 
     def _succeed(self, part: _Part) -> None:
-        for pending, key in part.owners:
+        for pending, key in part.entry.owners:
             pending.key = key
             pending.message_key = key >> SHIFT
             self._writing.discard(pending)
@@ -565,7 +602,7 @@ class SqliteSpool:
                 self._safely(mark.synced)
 
     def _fail(self, part: _Part, error: SpoolError) -> None:
-        for pending, _ in part.owners:
+        for pending, _ in part.entry.owners:
             self._writing.discard(pending)
         if error.known:
             for file in part.files:
@@ -669,7 +706,7 @@ class SqliteSpool:
         if self.minimum_free < 1:
             octets, inodes = self.minimum_free * found.f_blocks * found.f_frsize, self.minimum_free * found.f_files
         else:
-            inodes = _INODES
+            inodes = float(_INODES)
         if found.f_bavail * found.f_frsize < octets:
             return f"{found.f_bavail * found.f_frsize >> 20} MiB of disk are free for the spool, {int(octets) >> 20} MiB must be"
         # Some file systems make inodes as they need them, and say 0.
@@ -700,10 +737,10 @@ class SqliteSpool:
                 if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
                     self._engine.suspect(error)
                 loop.call_soon_threadsafe(done, None, _as_spool_error(error))
-                if self._engine.fatal is not None and self._contents is not None:
-                    loop.call_soon_threadsafe(self._set_fatal, self._engine.fatal)
             else:
                 loop.call_soon_threadsafe(done, result, None)
+            if self._engine.fatal is not None and self._contents is not None:
+                loop.call_soon_threadsafe(self._set_fatal, self._engine.fatal)
 
         writer.submit(run)
 
@@ -745,12 +782,17 @@ class SqliteSpool:
     def _checked(
         self, key: int, message: Message | None, futures: list[asyncio.Future[Message | None]], damage: Any, error: Exception | None
     ) -> None:
-        if damage is not None:
-            # Set aside before anybody asks what is due again.
-            self._observer.event("damaged", id=None if message is None else message.id, row=key, reason=damage)
-            self._job(partial(self._engine.set_message_aside, key, damage), lambda _, failed: _resolve(futures, None, failed))
+        if damage is None:
+            _resolve(futures, message, None if error is None else _as_spool_error(error))
             return
-        _resolve(futures, message, None if error is None else _as_spool_error(error))
+
+        def aside(owed: Any, failed: Exception | None) -> None:
+            if owed or failed is not None:
+                self._observer.event("damaged", id=None if message is None else message.id, row=key, reason=damage)
+            _resolve(futures, None, failed)
+
+        # Before anybody asks what is due again.
+        self._job(partial(self._engine.set_message_aside, key, damage), aside)
 
 
 def _resolve(futures: list[asyncio.Future[Message | None]], message: Message | None, error: Exception | None) -> None:

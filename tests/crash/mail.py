@@ -23,7 +23,10 @@ class Events:
         self.all: list[tuple[str, dict[str, Any]]] = []
 
     def event(self, name: str, /, **fields: Any) -> None:
-        self.all.append((name, fields))
+        self.tell(name, fields)
+
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        self.all.append((event, fields))
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [fields for each, fields in self.all if each == name]

@@ -21,11 +21,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from gateway import intake, queue
-from gateway.contracts import DELIVERED, INTERRUPTED, Delivery, Mark, Outcome, Row, SpoolError, Store, Transaction
+from gateway.contracts import DELIVERED, INTERRUPTED, Delivery, Mark, Outcome, Row, Spool, SpoolError, Store, Transaction
 from gateway.intake import MailIntake, new_id
 from gateway.message import Client, Envelope, Recipient
 from gateway.queue import LaneSettings, Queue
@@ -238,17 +238,22 @@ class _Sink:
             delivery.settle([INTERRUPTED] * len(delivery.recipients))
 
 
-class _Spool(SqliteSpool):
-    """The spool, and what was asked of it."""
+class _Spool:
+    """The spool as the queue and the intake see it, and what they asked of it."""
 
-    life: Life
+    def __init__(self, spool: SqliteSpool, life: Life) -> None:
+        self._spool = spool
+        self._life = life
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._spool, name)
 
     def store(self, ticket: Store) -> None:
-        super().store(_Entry(self.life, ticket))
+        self._spool.store(_Entry(self._life, ticket))
 
     def mark(self, mark: Mark) -> None:
-        self.life.marked(mark)
-        super().mark(mark)
+        self._life.marked(mark)
+        self._spool.mark(mark)
 
 
 class Life:
@@ -274,8 +279,11 @@ class Life:
 
     def event(self, name: str, /, **fields: Any) -> None:
         """``contracts.Observer``."""
-        if name in ("bug", "damaged"):
-            self.ledger.wrong.append(f"{name}: {fields}")
+        self.tell(name, fields)
+
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        if event in ("bug", "damaged"):
+            self.ledger.wrong.append(f"{event}: {fields}")
 
     def stored(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -361,8 +369,7 @@ class Life:
         return end
 
     async def _session(self, mails: int, clients: int) -> int:
-        spool = _Spool(self.folder, observer=self, vfs=self._name, files=self._files, minimum_free=0.0, on_fatal=self._on_fatal)
-        spool.life = self
+        spool = SqliteSpool(self.folder, observer=self, vfs=self._name, files=self._files, minimum_free=0.0, on_fatal=self._on_fatal)
         try:
             await spool.open()
         except SpoolError:
@@ -371,8 +378,9 @@ class Life:
             return self.now
         sinks = {name: _Sink(name, self) for name in ("app", "out", "bounces")}
         lanes = {name: LaneSettings(4, "bounce" if name == "out" else "dead_letter") for name in sinks}
+        seen = cast(Spool, _Spool(spool, self))
         due = Queue(
-            spool,
+            seen,
             sinks,
             lanes,
             retry=(0.004, 0.01, 0.03),
@@ -383,7 +391,7 @@ class Life:
             observer=self,
             new_id=new_id,
         )
-        taken = MailIntake(due, spool, {}, hostname="mx.example", expire=60.0, observer=self)
+        taken = MailIntake(due, seen, {}, hostname="mx.example", expire=60.0, observer=self)
         await due.open()
         left = iter(range(mails))
         async with asyncio.timeout(60):

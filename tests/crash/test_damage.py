@@ -7,125 +7,35 @@ import itertools
 import os
 import random
 import shutil
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import apsw
 import pytest
 
 from gateway.contracts import Row, SpoolError
-from gateway.message import Message
 from gateway.spool import engine, salvage
 from gateway.spool.files import Files
+from gateway.spool.sqlite import SqliteSpool
+from tests.crash.damages import Damages
 from tests.crash.faulty import Faults, FaultyFiles, FaultyVFS
-from tests.crash.mail import Events, keep, large, message, opened, pending, settle, store
+from tests.crash.mail import Events, keep, large, mark, message, opened, pending, store
 from tests.loops import until
 
-#: GATEWAY_DAMAGE makes a longer run.
+#: GATEWAY_DAMAGE makes a longer run, and `make torture` ten thousand of them.
 ROUNDS = int(os.environ.get("GATEWAY_DAMAGE", "500"))
-
-
-def harm(path: Path, chance: random.Random) -> str:
-    """One flipped bit, one zeroed sector, or a file that is cut short."""
-    octets = bytearray(path.read_bytes())
-    place = chance.randrange(len(octets))
-    kind = chance.choice(["flip"] * 8 + ["zero", "cut"])
-    if kind == "flip":
-        octets[place] ^= 1 << chance.randrange(8)
-    elif kind == "zero":
-        start = place // 512 * 512
-        octets[start : start + 512] = bytes(len(octets[start : start + 512]))
-    else:
-        del octets[place:]
-    path.write_bytes(octets)
-    return f"{kind} at {place} of {path.name}"
-
-
-def told(mail: Message) -> tuple[Any, ...]:
-    return mail.envelope, mail.client, mail.trace, mail.stored.size, mail.content
-
-
-def seeded() -> tuple[random.Random, int]:
-    seed = int(os.environ.get("GATEWAY_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-    print(f"GATEWAY_SEED={seed}")
-    return random.Random(seed), seed
-
-
-Sound = dict[tuple[str, str], tuple[tuple[int, ...], tuple[Any, ...]]]
-
-
-async def filled(folder: Path, left: Path) -> tuple[Sound, Sound]:
-    """A spool of 240 messages for two sinks, of which some have come and gone; ``left``: as it lies there while the
-    process still has it, with a WAL. Returns what was ever stored, and what is to be found."""
-    stored: Sound = {}
-    chance = random.Random(0)
-    async with opened(folder) as spool:
-        gone = []
-        for number in range(300):
-            if number == 150:
-                assert await spool._call(spool._engine.tidy) is not None
-            content = chance.randbytes(chance.choice([10, 100, 300, 1000, 20_000] if number % 5 else [300_000 if number % 50 == 0 else 10]))
-            mail = message(content, recipients=4) if len(content) < 300_000 else await large(spool, content, recipients=4)
-            rows = await keep(spool, mail, "app", "out", recipients=(0, 2))
-            stored.update({(mail.id, row.sink): (row.recipients, told(mail)) for row in rows})
-            if number % 5 == 3:
-                gone += rows
-        for row in gone:
-            await settle(spool, row)
-        await spool._call(partial(shutil.copytree, folder, left))
-    over = {(row.message_id, row.sink) for row in gone}
-    return stored, {place: kept for place, kept in stored.items() if place not in over}
-
-
-async def look(folder: Path, stored: Sound, what: str) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
-    """What is delivered of it, and what was told; nothing else than what was stored ever is."""
-    found: set[tuple[str, str]] = set()
-    events = Events()
-    async with opened(folder, observer=events) as spool:
-        for sink in ("app", "out"):
-            for row in await spool.due(sink, 1e12, 1000):
-                mail = await spool.load(row)
-                if mail is not None:
-                    place = (row.message_id, row.sink)
-                    assert (row.recipients, told(mail)) == stored[place], what
-                    assert place not in found, what
-                    found.add(place)
-        held = {(row.message_id, row.sink) for row in await spool.rows() if row.note.startswith("damaged")}
-        assert held <= found.symmetric_difference(held), what
-        await keep(spool)
-    return found, events.named("damaged")
 
 
 @pytest.mark.parametrize("rounds", [30, pytest.param(ROUNDS, marks=pytest.mark.long)])
 async def test_what_is_damaged_is_set_aside_and_the_rest_delivered(quick_path: Path, rounds: int) -> None:
     """A start is never refused; the octets of one page are no more than the messages on that page."""
-    folders = [quick_path / "closed", quick_path / "left"]
-    stored, sound = await filled(*folders)
-    chance, seed = seeded()
-    lost = salvaged = unseen = 0
-    for number in range(rounds):
-        copy = quick_path / str(number)
-        shutil.copytree(chance.choice(folders), copy)
-        files = sorted(path for path in copy.rglob("*") if path.is_file() and path.name != "lock")
-        path = chance.choices(files, [5 if path.parent == copy else 1 for path in files])[0]
-        what = f"{harm(path, chance)}, GATEWAY_SEED={seed}, {copy.name}"
-        found, events = await look(copy, stored, what)
-        missing = len(sound.keys() - found)
-        # Where a WAL lost its end, what it said there was never said.
-        assert found <= sound.keys() or path.suffix == ".db-wal", f"settled, and back: {found - sound.keys()}: {what}"
-        # The end of a WAL is no damage to anybody's eyes: a power cut makes the same.
-        unseen += bool(missing and not events)
-        assert not missing or events or path.suffix == ".db-wal", f"silent: {what}"
-        if "cut" not in what:
-            # A page of the table of what is owed holds up to 90 rows.
-            assert missing <= 100, f"{missing} are missing: {what}: {events}"
-        lost += missing
-        salvaged += any("read out of it" in fields["reason"] for fields in events)
-        shutil.rmtree(copy)
-    print(
-        f"of {rounds}: {salvaged} had to be read out page by page; {lost / rounds:.2f} of {len(sound)} rows were lost a round; {unseen} WALs ended early"
-    )
+    seed = int(os.environ.get("GATEWAY_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+    print(f"GATEWAY_SEED={seed}")
+    damages = Damages(quick_path, rounds, seed, print)
+    await damages.run()
+    print(damages)
+    assert damages.done == rounds
 
 
 async def test_an_index_that_does_not_fit_is_made_anew(tmp_path: Path) -> None:
@@ -160,6 +70,74 @@ async def test_a_row_of_no_state_is_held(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         assert [(row.state, row.note) for row in await spool.rows()] == [("held", "damaged: its sink or state was lost")]
         assert {place: count for place, (count, _) in (await spool.counts()).items()} == {("app", "held"): 1}
+
+
+def mistyped(folder: Path, change: str) -> None:
+    """What flipped bits do to a row's header: a value of another type than its column takes."""
+    for statement in (
+        "UPDATE sqlite_schema SET sql = replace(replace(sql, ') STRICT', ')'), 'person INTEGER NOT NULL', 'person INTEGER') WHERE name = 'pendings'",
+        change,
+        "UPDATE sqlite_schema SET sql = replace(sql, 'person INTEGER', 'person INTEGER NOT NULL') || ' STRICT' WHERE name = 'pendings'",
+    ):
+        db = apsw.Connection(str(folder / "spool.db"))
+        db.execute(f"PRAGMA writable_schema = ON; {statement}")
+        db.close()
+
+
+MISTYPED = "UPDATE pendings SET recipients = CAST(recipients AS TEXT)"
+
+
+async def test_a_row_of_no_state_that_cannot_be_written_is_held(tmp_path: Path) -> None:
+    """The database is no hindrance: what it does not take back is read out into a new one."""
+    async with opened(tmp_path) as spool:
+        hit, *sound = [(await keep(spool))[0].message_id for _ in range(3)]
+    mistyped(tmp_path, f"{MISTYPED}, state = 'quewed' WHERE key < 2 << 20")
+    events = Events()
+    async with opened(tmp_path, observer=events) as spool:
+        assert {row.message_id for row in await spool.due("app", 1e12, 10)} == set(sound)
+        (held,) = [row for row in await spool.rows() if row.state == "held"]
+        assert (held.message_id, held.note) == (hit, "damaged: the checksum of the recipients does not fit")
+    assert "read out of it" in events.named("damaged")[0]["reason"]
+
+
+async def looked_for(spool: SqliteSpool) -> None:
+    await spool.due("app", 1e12, 10)
+
+
+async def held(spool: SqliteSpool) -> None:
+    with pytest.raises(SpoolError, match="cannot store TEXT value in BLOB column"):
+        await spool.change(None, "hold")
+
+
+@pytest.mark.parametrize("meet", [looked_for, held])
+async def test_a_row_that_cannot_be_written_any_more_ends_the_process_and_the_next_one_salvages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meet: Callable[[SqliteSpool], Awaitable[None]]
+) -> None:
+    """It would be found, and not be set aside, for ever."""
+    monkeypatch.setattr(engine, "CHECK_LIMIT", 0)
+    async with opened(tmp_path) as spool:
+        ids = [(await keep(spool))[0].message_id for _ in range(3)]
+    mistyped(tmp_path, f"{MISTYPED} WHERE key < 2 << 20")
+    fatal: list[str] = []
+    async with opened(tmp_path, on_fatal=fatal.append) as spool:
+        await meet(spool)
+        await until(lambda: bool(fatal))
+    async with opened(tmp_path) as spool:
+        assert {row.message_id for row in await spool.due("app", 1e12, 10)} == set(ids[1:])
+        assert [row.message_id for row in await spool.rows() if row.note.startswith("damaged")] == ids[:1]
+
+
+async def test_a_row_of_which_nobody_knows_whether_a_person_holds_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit makes an integer of 0 or 1 a NULL; the retry is written all the same."""
+    monkeypatch.setattr(engine, "CHECK_LIMIT", 0)
+    async with opened(tmp_path) as spool:
+        await keep(spool)
+    mistyped(tmp_path, "UPDATE pendings SET person = NULL")
+    async with opened(tmp_path) as spool:
+        (row,) = await spool.due("app", 1e12, 10)
+        row.attempts += 1
+        await mark(spool, row)
+        assert [(row.state, row.attempts) for row in await spool.rows()] == [("held", 1)]
 
 
 async def test_a_file_that_is_no_database_goes_aside(tmp_path: Path) -> None:

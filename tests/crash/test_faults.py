@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import apsw
 import pytest
 
 from gateway.contracts import Mark, Pending, Row, SpoolError
@@ -110,23 +109,14 @@ async def after_a_crash(spool: SqliteSpool) -> dict[str, str]:
 # -------------------------------------------------------------- the table, line by line
 
 
-async def test_an_error_before_the_commit_is_known(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_before_the_commit_is_known(tmp_path: Path, disk: Disk) -> None:
     folder = tmp_path / "spool"
     spool = disk.spool(folder)
     await spool.open()
     (row,) = await keep(spool)
-    many = spool._engine._many
-    calls = 0
-
-    def full(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        many(*args)
-        if calls == 2:
-            raise apsw.FullError("database or disk is full")
-
-    monkeypatch.setattr(spool._engine, "_many", full)
-    mails = [message(), message()]
+    # Not one page more.
+    await spool._call(spool._engine._pragma, "max_page_count = 1")
+    mails = [message(b"x" * 20_000), message(b"x" * 20_000)]
     tickets = [Ticket(Row(mail, [pending(mail)])) for mail in mails]
     for ticket in tickets:
         spool.store(ticket)
@@ -138,7 +128,7 @@ async def test_an_error_before_the_commit_is_known(tmp_path: Path, disk: Disk, m
         assert error is not None
         assert error.known
     assert "disk is full" in (spool.unhealthy or "")
-    await asyncio.wait_for(synced.wait(), 10)
+    await asyncio.wait_for(synced.wait(), 60)
     assert spool.unhealthy is None, "a probe found the disk well again, and the mark was kept"
     assert await after_a_crash(spool) == {}
     assert [fields["fatal"] for fields in disk.events.named("spool_down")] == [False]
@@ -175,16 +165,18 @@ async def test_no_room_is_told_from_every_other_fault(tmp_path: Path, disk: Disk
     await spool.close()
 
 
-async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path: Path, disk: Disk) -> None:
+@pytest.mark.parametrize("syncs", [1, 2])
+async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path: Path, disk: Disk, syncs: int) -> None:
+    """Cut off by SQLite's own means, or, where it cannot sync for that either, by ours."""
     folder = tmp_path / "spool"
     spool = disk.spool(folder)
     await spool.open()
     (row,) = await keep(spool)
-    fail(disk, "sync", paths=("-wal",))
+    fail(disk, "sync", paths=("-wal",), count=syncs)
     error = await store(spool, Row(mail := message(), [pending(mail)]))
     assert error is not None
     assert error.known
-    assert disk.faults.fired == 1
+    assert disk.faults.fired == syncs
     assert await after_a_crash(spool) == {row.message_id: "queued"}
     await until(lambda: spool.unhealthy is None)
     await keep(spool)
@@ -194,16 +186,28 @@ async def test_a_commit_that_could_not_be_synced_leaves_nothing_behind(tmp_path:
 
 async def test_without_the_proof_it_would_come_back(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: this is what the proof is for."""
+
+    class Uncut(FaultyFiles):
+        """Cuts nothing, and says that it did."""
+
+        def truncate(self, descriptor: int, size: int) -> None:
+            pass
+
+        def size(self, descriptor: int) -> int:
+            return 0
+
     folder = tmp_path / "spool"
     # No probe writes over what is to come back.
     monkeypatch.setattr(sqlite, "_WATCH", 60.0)
-    spool = disk.spool(folder)
+    spool = disk.spool(folder, files=Uncut(disk.faults))
     await spool.open()
     (row,) = await keep(spool)
-    monkeypatch.setattr(spool._engine, "_prove_gone", lambda cause: None)
-    fail(disk, "sync", paths=("-wal",))
+    # The commit's, and that of the checkpoint that would move and cut by SQLite's own means.
+    fail(disk, "sync", paths=("-wal",), count=2)
     error = await store(spool, Row(mail := message(), [pending(mail)]))
     assert error is not None
+    assert error.known
+    assert disk.faults.fired == 2
     assert await after_a_crash(spool) == {row.message_id: "queued", mail.id: "queued"}
     await spool.close()
 
@@ -230,7 +234,7 @@ async def test_a_full_disk_refuses_and_comes_back_by_itself(tmp_path: Path, disk
     assert spool.unhealthy is not None
     assert not synced.is_set()
     mend(disk)
-    await asyncio.wait_for(synced.wait(), 10)
+    await asyncio.wait_for(synced.wait(), 60)
     assert spool.unhealthy is None
     (other,) = await keep(spool)
     assert await after_a_crash(spool) == {other.message_id: "queued"}
@@ -550,10 +554,25 @@ async def test_every_seventh_operation_fails_once(quick_path: Path) -> None:
         {"how": "EIO", "count": 10**9},
         {"how": "ENOSPC", "count": 10**9, "kinds": frozenset({"write", "open"})},
         {"how": "EIO", "count": 10**9, "kinds": frozenset({"sync", "sync_dir"})},
+        {"how": "EDQUOT"},
+        {"how": "EDQUOT", "count": 10**9, "kinds": frozenset({"write", "open"})},
+        {"how": "ENOSPC"},
         {"how": "short", "kinds": frozenset({"write"})},
         {"how": "short", "count": 3, "kinds": frozenset({"write"})},
     ],
-    ids=["once", "twice", "four times", "broken for good", "full for good", "no sync works", "short once", "short thrice"],
+    ids=[
+        "once",
+        "twice",
+        "four times",
+        "broken for good",
+        "full for good",
+        "no sync works",
+        "over quota once",
+        "over quota for good",
+        "full once",
+        "short once",
+        "short thrice",
+    ],
 )
 @pytest.mark.long
 async def test_every_operation_fails(quick_path: Path, plan: dict[str, Any]) -> None:

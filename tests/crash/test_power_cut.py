@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import apsw
 import pytest
 
-from gateway.spool.engine import Engine
 from tests.crash import recorded
-from tests.crash.faulty import Faults, FaultyFiles, Operation
+from tests.crash.faulty import Faults, FaultyFile, FaultyFiles, FaultyVFS, Operation
 from tests.crash.powercut import Disk
 from tests.crash.recorded import WRITING, Ledger, Life, hurried, recover
 from tests.crash.torture import draws, lives
@@ -109,7 +109,9 @@ def cut_power(states: int, path: Path, seed: int) -> Counter[str]:
     total: Counter[str] = Counter()
     for number in itertools.count():
         total += lives(seed, number, 125 if states < 1000 else 500, str(path), str(path / "wrong"))
-        if total["states"] >= states:
+        # Where by chance the disk failed in most of these lives, some more say what they say.
+        plenty = total["acknowledged"] > states / 50 and total["held"] > states
+        if total["states"] >= states and (plenty or total["wrong"] or number >= 50):
             return total
     raise AssertionError
 
@@ -139,19 +141,24 @@ def test_a_spool_that_does_not_sync_is_found_out(quick_path: Path, what: str) ->
             if what != "names" or not path.endswith("content"):
                 super().fsync_dir(path)
 
-    pragma = Engine._pragma
+    class CarelessFile(FaultyFile):
+        def xSync(self, flags: int) -> None:  # noqa: N802 - SQLite's name
+            if what != "the WAL":
+                super().xSync(flags)
 
-    def careless(self: Engine, words: str) -> list[Any]:
-        return pragma(self, "synchronous = OFF" if what == "the WAL" and words.startswith("synchronous") else words)
+    class CarelessVFS(FaultyVFS):
+        def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> CarelessFile:  # noqa: N802 - SQLite's name
+            return CarelessFile(name, flags, self.faults)
 
     total: Counter[str] = Counter()
     with (
         mock.patch.object(recorded, "FaultyFiles", Careless),
-        mock.patch.object(Engine, "_pragma", careless),
+        mock.patch.object(recorded, "FaultyVFS", CarelessVFS),
         # More of the mail in files.
         mock.patch.object(recorded, "FILE_LIMIT", 16 * 1024 if what == "the WAL" else 500),
     ):
-        for number in range(40):
+        # How many it takes lies with the turns of the loop and of the threads: mostly a few.
+        for number in range(400):
             total += lives(1, number, 60, str(quick_path), str(quick_path / "wrong"))
             if total["wrong: lost"]:
                 break
@@ -193,9 +200,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "stride"), [("EIO", 17), *(pytest.param(name, 1 if name == "EIO" else 3, marks=pytest.mark.long) for name in PLANS)]
-)
+@pytest.mark.parametrize(("name", "stride"), [("EIO", 17), *(pytest.param(name, 1, marks=pytest.mark.long) for name in PLANS)])
 def test_any_operation_fails_below_the_intake(quick_path: Path, name: str, stride: int) -> None:
     """Never a false 250, never torn, never back after 451, whatever fails; and after a commit of
     which nobody knows nothing more is promised."""
@@ -224,5 +229,5 @@ def test_a_state_is_drawn_once(quick_path: Path) -> None:
     disk = Disk(str(root))
     images = [(tuple(sorted(cut.image().items())), cut.folders) for _, cut in draws(life, disk, end, 300, random.Random(1))]
     assert len(images) > 150
-    # Two recipes may come to the same octets (a page written twice alike), but rarely do.
-    assert len(set(images)) > len(images) * 0.9
+    # Two recipes may come to the same octets (a page written twice alike), but rarely do: one in thirty.
+    assert len(set(images)) > len(images) * 0.8

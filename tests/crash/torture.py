@@ -1,6 +1,10 @@
-"""``python -m tests.crash.torture power``: a million power cuts, and what became of the mail.
+"""``python -m tests.crash.torture [power] [damages] [kills]``: a million power cuts, 10,000 damages, 1,000 kill -9.
 
-Lives (``recorded.py``) are led one after the other on one disk: each ends with the power going,
+Each ends with a line of figures; all of them come again at the end. The exit code is 0 where
+nothing was wrong. SIGINT and SIGTERM end it and its children in order: the power cuts go on where
+they were stopped when they are called again.
+
+Damages are told in ``damages.py``, kills in ``kills.py``. Of the power cuts: lives (``recorded.py``) are led one after the other on one disk: each ends with the power going,
 and the next begins with what the disk held then. Of every life, states are drawn that the disk
 could have held at any of its operations (``powercut.py``), and each is recovered by the real
 engine and held against what had been promised by then.
@@ -14,24 +18,62 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import uvloop
+
+from tests.crash.damages import Damages
 from tests.crash.faulty import Faults, How
+from tests.crash.kills import Run
 from tests.crash.powercut import Cut, Disk
 from tests.crash.recorded import WRITING, Found, Ledger, Life, hurried, recover
 
 #: Lives that follow each other on one disk, and states drawn of each.
 LIVES, STATES = 4, 500
+#: Seconds between words of progress; in which a process notes that its parent is gone, and then has to clear up.
+SPEAK, PARENT, CLEARING = 30.0, 1.0, 10.0
+
+
+class StoppedError(Exception):
+    """Somebody wants an end of it."""
+
+
+#: Set in the processes of a pool: nobody wants more states.
+_stop: Event | None = None
+
+
+def _begin(stop: Event, parent: int) -> None:
+    """A process of the pool: its parent says when it ends, by the event or by being gone."""
+    global _stop
+    _stop = stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT)
+        stop.set()
+        time.sleep(CLEARING)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def plan(chance: random.Random) -> Faults | None:
@@ -76,6 +118,8 @@ def lives(seed: int, number: int, states: int, place: str, keep: str) -> Counter
     try:
         with hurried():
             _lead(chance, f"{seed}-{number}", folder, states, Path(keep), count)
+    except StoppedError:
+        return Counter(stopped=1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return count
@@ -100,6 +144,8 @@ def _lead(chance: random.Random, name: str, folder: Path, states: int, keep: Pat
         last: tuple[dict[str, bytes], tuple[str, ...], Found, int] | None = None
         goes_on = chance.randrange(states)
         for place, (at, cut) in enumerate(draws(life, disk, end, states, chance)):
+            if _stop is not None and _stop.is_set():
+                raise StoppedError
             found, wrong = _try(folder / "state", cut, ledger, at)
             count["states"] += 1
             count["held"] += sum(len(pairs) for pairs in found.owed.values())
@@ -155,47 +201,106 @@ def memory() -> str:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
-def power(states: int, seed: int, jobs: int, keep: Path) -> Counter[str]:
-    """``states`` power cuts; where an earlier run with this seed was stopped, it goes on."""
+def power(states: int, seed: int, jobs: int, keep: Path) -> tuple[str, bool]:
+    """``states`` power cuts; where an earlier run with this seed was stopped, it goes on. The figures, and whether
+    nothing was wrong. Raises StoppedError."""
     progress = keep / f"power-{seed}.json"
     total: Counter[str] = Counter()
     done: set[int] = set()
     if progress.exists():
         told = json.loads(progress.read_text())
         total, done = Counter(told["count"]), set(told["done"])
-        print(f"going on after {total['states']} states", flush=True)
+        say(f"power: going on after {total['states']:,} states")
     keep.mkdir(parents=True, exist_ok=True)
     started, before = time.monotonic(), total["states"]
     spoken = started
     number = 0
-    with ProcessPoolExecutor(jobs) as pool:
+    stop = multiprocessing.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    with ExitStack() as stack:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, each, signal.signal(each, end))
+        pool = stack.enter_context(ProcessPoolExecutor(jobs, initializer=_begin, initargs=(stop, os.getpid())))
         running: dict[Future[Counter[str]], int] = {}
         while total["states"] < states or running:
             # As many series as the rest of the states needs.
-            while len(running) < jobs and total["states"] + len(running) * LIVES * STATES < states:
+            while len(running) < jobs and total["states"] + len(running) * LIVES * STATES < states and not stop.is_set():
                 if number not in done:
                     running[pool.submit(lives, seed, number, STATES, memory(), str(keep))] = number
                 number += 1
+            if not running:
+                break
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
-                done.add(running.pop(future))
-                total += future.result()
-            progress.write_text(json.dumps({"count": total, "done": sorted(done)}))
-            if time.monotonic() - spoken > 30:
+                series, count = running.pop(future), future.result()
+                if not count["stopped"]:
+                    done.add(series)
+                    total += count
+            # Whole or not at all: it may be stopped here, too.
+            fresh = progress.with_suffix(".new")
+            fresh.write_text(json.dumps({"count": total, "done": sorted(done)}))
+            fresh.replace(progress)
+            if time.monotonic() - spoken > SPEAK:
                 spoken = time.monotonic()
-                rate = (total["states"] - before) / (spoken - started)
-                left = (states - total["states"]) / rate
-                print(
-                    f"{total['states']:,} of {states:,} states, {rate:.0f}/s, {left / 60:.0f} min left; {total['wrong']} wrong", flush=True
-                )
-    seconds = time.monotonic() - started
-    print(
-        f"{total['states']:,} different states of {total['lives']} lives ({total['operations']:,} file operations, {total['faults']} of"
-        f" them failed), {total['acknowledged']:,} mails acknowledged, {total['held']:,} times one was found to be owed;"
-        f" {(total['states'] - before) / seconds:.0f} states/s. Wrong: {total['wrong']}"
-        + "".join(f"; {name.partition(': ')[2]}: {number}" for name, number in total.items() if name.startswith("wrong: "))
+                rate = max(1e-9, (total["states"] - before) / (spoken - started))
+                left = max(0, states - total["states"]) / rate
+                say(f"power: {total['states']:,} of {states:,} states, {rate:.0f}/s, {left / 60:.0f} min left; {total['wrong']} wrong")
+    if stop.is_set():
+        raise StoppedError(f"{total['states']:,} of {states:,} states, {total['wrong']} wrong; the same command goes on")
+    wrong = {name.partition(": ")[2]: count for name, count in total.items() if name.startswith("wrong: ")}
+    return (
+        f"{total['states']:,} different states of {total['lives']:,} lives, seed {seed}, {(time.monotonic() - started) / 60:.0f} min:"
+        f" {total['operations']:,} file operations, {total['faults']:,} of them failed; {total['acknowledged']:,} mails acknowledged,"
+        f" {total['held']:,} times one was found to be owed; {wrong.get('lost', 0)} lost, {wrong.get('torn', 0)} torn, {wrong.get('back', 0)}"
+        f" back; {total['wrong']} wrong{f': {wrong}' if wrong else ''}",
+        not total["wrong"],
     )
-    return total
+
+
+def damages(rounds: int, seed: int) -> tuple[str, bool]:
+    """The same of damages. What is wrong is kept, and raises AssertionError."""
+    folder = Path(tempfile.mkdtemp(prefix="damages-", dir=memory()))
+    made = Damages(folder, rounds, seed, lambda words: say(f"damages: {words}"))
+    _await(made.run(), folder)
+    return str(made), True
+
+
+def kills(count: int, seed: int, keep: Path) -> tuple[str, bool]:
+    """The same of kills."""
+    keep.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"kills-{seed}-", dir=keep.resolve()))
+    run = Run(folder, count, seed, lambda words: say(f"kills: {words}"))
+    _await(run.run(), folder)
+    return str(run.figures), True
+
+
+def _await(work: Coroutine[Any, Any, None], folder: Path) -> None:
+    """Raises StoppedError at SIGINT and SIGTERM, once it has cleared up. The folder stays where something is wrong."""
+
+    async def stoppable() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            shutil.rmtree(folder)
+            raise StoppedError("nothing was wrong so far") from None
+        except BaseException:
+            say(f"kept in {folder}")
+            raise
+        shutil.rmtree(folder)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(stoppable())
+
+
+def say(words: str) -> None:
+    print(words, flush=True)
 
 
 def unfinished(keep: Path, states: int) -> int | None:
@@ -207,19 +312,44 @@ def unfinished(keep: Path, states: int) -> int | None:
     return None
 
 
+PARTS = ("power", "damages", "kills")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.crash.torture", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    cuts = commands.add_parser("power", help="power cuts")
-    cuts.add_argument("--states", type=int, default=1_000_000)
-    cuts.add_argument("--seed", type=int, help="default: that of a run that was stopped, else a new one")
-    cuts.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    cuts.add_argument("--keep", type=Path, default=Path("build/torture"), help="progress, and states that failed")
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.torture", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("--states", type=int, default=1_000_000, help="power cuts")
+    parser.add_argument("--damages", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=1_000)
+    parser.add_argument("--seed", type=int, help="default: a new one; of the power cuts that of a run that was stopped, if there is one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes for the power cuts")
+    parser.add_argument("--keep", type=Path, default=Path("build/torture"), help="progress, and what went wrong")
     told = parser.parse_args()
-    if told.seed is None:
-        told.seed = unfinished(told.keep, told.states) or random.SystemRandom().randrange(1, 1 << 32)
-    print(f"GATEWAY_SEED={told.seed}", flush=True)
-    return 1 if power(told.states, told.seed, told.jobs, told.keep)["wrong"] else 0
+    if strange := set(told.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(strange))}")
+    lines: list[str] = []
+    good = True
+    for part in told.parts or PARTS:
+        seed = told.seed or (part == "power" and unfinished(told.keep, told.states)) or random.SystemRandom().randrange(1, 1 << 32)
+        say(f"{part}: GATEWAY_SEED={seed}")
+        try:
+            if part == "power":
+                figures, fine = power(told.states, seed, told.jobs, told.keep)
+            elif part == "damages":
+                figures, fine = damages(told.damages, seed)
+            else:
+                figures, fine = kills(told.kills, seed, told.keep)
+        except StoppedError as stopped:
+            say(f"{part}: stopped: {stopped}")
+            return 130
+        except (AssertionError, TimeoutError) as error:
+            figures, fine = f"seed {seed}: broken off: {error!r}", False
+        good = good and fine
+        lines.append(f"{part}: {figures}")
+        say(lines[-1])
+    if len(lines) > 1:
+        say("\n".join(["", *lines]))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ The harness (harness.c) counts; without it none of this is used.
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
 from types import CodeType, ModuleType
 
 #: What decides on octets: the sessions, and the values that they are made of.
@@ -82,12 +84,17 @@ class _Loader(SourceFileLoader):
 
 class _Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not fullname.startswith(MARKED):
+        if not fullname.startswith("gateway.") or fullname in sys.builtin_module_names:
             return None
         spec = PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]  # typeshed: Sequence[str]
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
-        return spec
+        if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
+            return spec
+        # What was compiled beside its source has no marks, and does not mix with what has.
+        source = os.path.join(os.path.dirname(spec.origin), f"{fullname.rpartition('.')[2]}.py")
+        if not os.path.exists(source):
+            return None  # the parser: built in
+        loader = _Loader if fullname.startswith(MARKED) else SourceFileLoader
+        return spec_from_file_location(fullname, source, loader=loader(fullname, source))
 
 
 def install() -> None:

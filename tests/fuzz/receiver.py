@@ -10,25 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from gateway._parser import Command, Receiver, parse_address, stuff
+from gateway._parser import Command, ReadBuffer, Receiver, parse_address, stuff
 
 from .. import reference
 from .inputs import cut, stretched
 
 LINE_LIMITS = (40, 300, 2048, 65536)
 AUTH_LIMITS = (0, 100, 12288, 12288)
+#: Contents take their memory along so early that most inputs have both.
+TAKEN = 16
 #: What was told: commands, lines with their fault, contents, how the reading ended.
 Told = list[object]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``sizes``: of the pieces that are fed. ``chunks``: octets announced by each BDAT in turn."""
+    """``sizes``: of the pieces that are fed; ``lent``: in a ReadBuffer. ``chunks``: octets announced by each BDAT in turn."""
 
     reading: int
     normalize: bool
     binary: bool
     odd: bool
+    lent: bool
     limit: int
     auth_limit: int
     sizes: tuple[int, int]
@@ -48,6 +51,7 @@ def plan(data: bytes) -> Plan | None:
         bool(flags & 1),
         bool(flags & 2),
         bool(flags & 4),
+        bool(flags & 8),
         LINE_LIMITS[limits & 3],
         AUTH_LIMITS[limits >> 2 & 3],
         (data[3] + 1, data[4] + 1),
@@ -58,7 +62,16 @@ def plan(data: bytes) -> Plan | None:
 # --- what the parser tells ------------------------------------------------------------------
 
 
+def poured(octets: bytes, buffer: ReadBuffer) -> ReadBuffer:
+    """As if they had been read into it."""
+    with memoryview(buffer.get_buffer(-1)) as room:
+        room[: len(octets)] = octets
+    buffer.filled(len(octets))
+    return buffer
+
+
 def heard(command: Command) -> reference.Said:
+    assert command.path() == (command.address, command.local, command.domain, command.params, command.ascii)
     return reference.Said(
         verb=command.verb,
         fault=command.fault,
@@ -75,6 +88,15 @@ def heard(command: Command) -> reference.Said:
 
 
 def told(receiver: Receiver, octets: bytes, used: int) -> reference.Content:
+    assert receiver.facts() == (
+        receiver.content_fault,
+        receiver.size,
+        receiver.longest,
+        receiver.eight_bit,
+        receiver.header_size,
+        receiver.header_fields,
+        receiver.hops,
+    )
     return reference.Content(
         octets=octets,
         fault=receiver.content_fault,
@@ -112,6 +134,7 @@ class Reader:
     def __init__(self, plan: Plan, only: str = "") -> None:
         self.plan = plan
         self.receiver = Receiver(plan.limit, plan.normalize, plan.auth_limit)
+        self.buffer = ReadBuffer(len(plan.stream) or 1, TAKEN) if plan.lent else None
         self.only = only
         self.told: Told = []
         self.way = only or "command"
@@ -128,7 +151,7 @@ class Reader:
     def read(self, pieces: Sequence[bytes]) -> Told:
         for piece in pieces:
             self.fed += len(piece)
-            self.receiver.feed(piece)
+            self.receiver.feed(piece if self.buffer is None else poured(piece, self.buffer))
             while getattr(self, f"_{self.way}")():
                 pass
             pending = self.receiver.pending

@@ -38,11 +38,16 @@ def test_nothing_leaks(target: str) -> None:
         return sys.getallocatedblocks()
 
     round_of_all()
-    before = round_of_all()
-    for _ in range(2):
-        after = round_of_all()
-    # One object a round for each tenth input would be over a hundred.
-    assert after - before < 50, f"{after - before} blocks more after two rounds of {len(found)} inputs"
+    more = []
+    for _ in range(5):
+        # What leaks does so in every round; what another thread keeps meanwhile is in one.
+        before = round_of_all()
+        round_of_all()
+        more.append(round_of_all() - before)
+        # One object a round for each tenth input would be eighty.
+        if more[-1] < 50:
+            return
+    raise AssertionError(f"{more} blocks more, each after two rounds of {len(found)} inputs")
 
 
 def test_the_corpus_reads_and_writes_every_octet() -> None:

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.long
 
 #: Seconds of fuzzing for each target.
 SECONDS = 15
+#: Seconds for a run that takes a minute or two on an idle machine.
+PATIENCE = 3600
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +29,19 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_corpus_then_new_inputs(target: str, program: Path, tmp_path: Path) -> None:
     found = {*corpus.kept(target), *corpus.seeds(target)}
     folder = unpack(tmp_path / "corpus", found)
-    replayed = binary.run(program, target, ["-runs=0", f"-max_len={2 * max(map(len, found))}", str(folder)], oracle=1, timeout=600)
+    replayed = binary.run(program, target, ["-runs=0", f"-max_len={2 * max(map(len, found))}", str(folder)], oracle=1, timeout=PATIENCE)
     assert replayed.fault is None, replayed.fault
     # Each was tried, and the rules in Python were seen as well as the parser.
     assert replayed.asked >= len(found)
     assert replayed.edges[0] > 100
     assert (replayed.marks[0] > 300) == (target in ("server", "client"))
-    words = [f"-dict={binary.HERE / 'smtp.dict'}", f"-max_len={OCTETS[target]}", f"-max_total_time={SECONDS}", str(folder)]
-    fresh = binary.run(program, target, words, timeout=600)
-    assert fresh.fault is None, fresh.fault
+    for seconds in (SECONDS, 8 * SECONDS, 64 * SECONDS):
+        words = [f"-dict={binary.HERE / 'smtp.dict'}", f"-max_len={OCTETS[target]}", f"-max_total_time={seconds}", str(folder)]
+        fresh = binary.run(program, target, words, timeout=PATIENCE)
+        assert fresh.fault is None, fresh.fault
+        # The time begins with the corpus, which a slow machine may need all of it for.
+        if fresh.executions > len(found):
+            break
     assert fresh.executions > len(found)
 
 
@@ -66,8 +72,8 @@ FAULTS = {
     ),
     "shifted too far": Fault(
         "receiver",
-        "valid = (<uint64_t>1 << m) - 1\n        look(",
-        "valid = (<uint64_t>1 << (m + 64)) - 1\n        look(",
+        "valid = (<uint64_t>1 << m) - 1\n            look(",
+        "valid = (<uint64_t>1 << (m + 64)) - 1\n            look(",
         "UndefinedBehaviorSanitizer",
     ),
     # LF.CRLF ends the content: smuggling.
@@ -92,8 +98,8 @@ FAULTS = {
     # Only where the CR is the last octet of a read.
     "forgotten between two reads": Fault(
         "receiver",
-        "    cdef uint64_t carry = w.cr\n",
-        "    cdef uint64_t carry = 0\n",
+        "    at.cr = w.cr\n",
+        "    at.cr = 0\n",
         "oracle disagrees",
     ),
 }
@@ -116,10 +122,10 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
         f"-max_len={OCTETS[fault.target]}",
         "-seed=1",
         "-runs=300000",
-        "-max_total_time=600",
+        f"-max_total_time={PATIENCE // 2}",
         str(folder),
     ]
-    run = binary.run(program, fault.target, words, timeout=900)
+    run = binary.run(program, fault.target, words, timeout=PATIENCE)
     assert run.fault is not None, f"not found in {run.executions} executions"
     assert fault.word in run.fault
     assert run.culprit is not None

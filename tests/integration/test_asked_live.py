@@ -4,6 +4,7 @@ offer DELIVERBY and MT-PRIORITY or do not."""
 from __future__ import annotations
 
 import json
+import re
 import smtplib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..conftest import Start
-from ..servers import EVERYTHING, ROOT, GatewayProcess, Upstream, free_port
+from ..servers import EVERYTHING, PATIENCE, ROOT, GatewayProcess, Upstream, wait_until
 
 CONFIG = """
 hostname = "mx.gateway.example"
@@ -49,7 +50,7 @@ sink = "out"
 
 
 def send(port: int, recipient: str, *options: str, sender: str = "a@client.example") -> None:
-    with smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=20) as client:
+    with smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=PATIENCE) as client:
         client.sendmail(sender, [recipient], b"Subject: x\r\n\r\nhello\r\n", mail_options=options)
 
 
@@ -59,7 +60,7 @@ def rows(gateway: GatewayProcess) -> list[dict[str, Any]]:
         capture_output=True,
         check=True,
         cwd=ROOT,
-        timeout=30,
+        timeout=PATIENCE,
     )
     found: list[dict[str, Any]] = json.loads(told.stdout)
     return found
@@ -67,49 +68,62 @@ def rows(gateway: GatewayProcess) -> list[dict[str, Any]]:
 
 def change(gateway: GatewayProcess, *words: str) -> str:
     command = [sys.executable, "-m", "gateway", "queue", *words, "--config", str(gateway.config)]
-    return subprocess.run(command, capture_output=True, check=True, cwd=ROOT, timeout=30, text=True).stdout
+    return subprocess.run(command, capture_output=True, check=True, cwd=ROOT, timeout=PATIENCE, text=True).stdout
 
 
 def test_a_hold_outlives_a_restart_and_ends_on_time(gateway: Start) -> None:
     with Upstream() as out:
         process = gateway(CONFIG.format(out=out.address, home=out.address))
-        with smtplib.SMTP("127.0.0.1", process.port, timeout=20) as client:
+        with smtplib.SMTP("127.0.0.1", process.port, timeout=PATIENCE) as client:
             client.ehlo()
             interval, until = client.esmtp_features["futurerelease"].split()
             assert interval == "3600"
             assert 3500 < (datetime.fromisoformat(until) - datetime.now(UTC)).total_seconds() <= 3600
             assert "deliverby" in client.esmtp_features
             assert "mt-priority" in client.esmtp_features
-        release = int(time.time()) + 5
-        send(process.port, "until@away.example", f"HOLDUNTIL={datetime.fromtimestamp(release, UTC):%Y-%m-%dT%H:%M:%SZ}")
         send(process.port, "for@away.example", "HOLDFOR=3000")
-        # Killed, not drained: what was acknowledged is on the disk.
-        process.kill()
-        process.start()
-        held = {row["recipients"][0]: row for row in rows(process)}
-        assert held["for@away.example"]["attempts"] == 0
+        for seconds in (5, 20, 60):
+            # Longer where this machine needs longer than that for all that has to happen while it is held.
+            release = int(time.time()) + seconds
+            send(process.port, f"until{seconds}@away.example", f"HOLDUNTIL={datetime.fromtimestamp(release, UTC):%Y-%m-%dT%H:%M:%SZ}")
+            # Killed, not drained: what was acknowledged is on the disk.
+            process.kill()
+            process.start()
+            held = {row["recipients"][0]: row for row in rows(process)}
+            changed = change(process, "retry", "--sink", "out")
+            if time.time() < release:
+                break
+        assert held["for@away.example"]["attempts"] == held[f"until{seconds}@away.example"]["attempts"] == 0
         assert held["for@away.example"]["due"] == held["for@away.example"]["not_before"] > time.time() + 2000
-        assert change(process, "retry", "--sink", "out").startswith("0 changed"), "what is held is not what a whole sink owes"
-        taken = out.wait(1)
-        tried = process.event("attempted")
+        assert changed.startswith("0 changed"), "what is held is not what a whole sink owes"
+
+        def came(name: str) -> bool:
+            return any(each.recipients == [f"<{name}@away.example>"] for each in out.taken)
+
+        wait_until(lambda: came(f"until{seconds}"), "the hold is over", seconds + PATIENCE)
+        tried = process.event("attempted", id=held[f"until{seconds}@away.example"]["message_id"])
         assert datetime.fromisoformat(tried["time"]).timestamp() >= release
-        assert [each.recipients for each in taken] == [["<until@away.example>"]]
-        assert "HOLD" not in taken[0].mail, "a hold that is over is nobody else's"
+        assert not came("for")
+        assert not any("HOLD" in each.mail for each in out.taken), "a hold that is over is nobody else's"
         # A person may send it earlier, by its name.
         change(process, "retry", held["for@away.example"]["message_id"])
-        assert out.wait(2)[1].recipients == ["<for@away.example>"]
+        wait_until(lambda: came("for"), "it goes earlier")
 
 
 def test_an_outage_ends_and_the_backlog_goes_by_priority(gateway: Start) -> None:
-    port = free_port()
-    process = gateway(CONFIG.format(out=f"127.0.0.1:{port}", home="127.0.0.1:9"))
+    # It listens, and until it is entered nobody answers: a try that was begun lasts as long as is wanted here.
+    out = Upstream([*EVERYTHING, "MT-PRIORITY"])
+    process = gateway(CONFIG.format(out=out.address, home="127.0.0.1:9"))
     wishes = [0, 3, -2, 9, 0, 6]
     for number, wish in enumerate(wishes):
         send(process.port, f"p{number}@away.example", *([f"MT-PRIORITY={wish}"] if wish else []))
         if not number:
-            process.event("sink_down", sink="out")
-    with Upstream([*EVERYTHING, "MT-PRIORITY"], port=port) as out:
-        taken = out.wait(len(wishes), timeout=40)
+            first = out.accept()
+    # None of the others was tried so far: there is place for one.
+    first.close()
+    process.event("sink_down", sink="out")
+    with out:
+        taken = out.wait(len(wishes))
         order = [each.recipients[0].strip("<>").partition("@")[0] for each in taken]
         # The first of them all waits for the sink; it goes once that is known to be back.
         assert [name for name in order if name != "p0"] == ["p3", "p5", "p1", "p4", "p2"]
@@ -126,7 +140,9 @@ def test_a_time_to_deliver_by_is_handed_on_or_comes_back(gateway: Start) -> None
         process = gateway(CONFIG.format(out=out.address, home=home.address))
         send(process.port, "in-time@away.example", "BY=600;RT", "RET=HDRS")
         [taken] = out.wait(1)
-        assert " BY=600;RT" in taken.mail or " BY=599;RT" in taken.mail, taken.mail
+        assert (left := re.search(r" BY=(\d+);RT", taken.mail)), taken.mail
+        # Less what it took to come by here.
+        assert 600 - PATIENCE < int(left[1]) <= 600
         [relayed] = home.wait(1)
         assert b"Action: relayed" in relayed.content
         send(process.port, "too-short@away.example", "BY=20;R")

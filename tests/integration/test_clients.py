@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ..conftest import Start
-from ..servers import ROOT, GatewayProcess, HttpReceiver, maildir, program, wait_until
+from ..servers import PATIENCE, ROOT, GatewayProcess, HttpReceiver, maildir, program, wait_until
 
 NODE = Path(__file__).parent / "node"
 
@@ -64,7 +64,7 @@ def house(gateway: Start, webhook: HttpReceiver, tmp_path: Path) -> GatewayProce
 
 
 def run(*command: str, code: int = 0, stdin: str | None = None) -> str:
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=5 * PATIENCE, check=False, cwd=ROOT)
     assert done.returncode == code, f"{done.returncode}: {done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -196,7 +196,8 @@ def test_smtplib_send_message(house: GatewayProcess, webhook: HttpReceiver) -> N
     with smtplib.SMTP("127.0.0.1", house.port) as client:
         assert client.send_message(made()) == {}
         assert client.send_message(made(), mail_options=["BODY=8BITMIME", "RET=HDRS", "ENVID=x+3D1"], rcpt_options=["NOTIFY=NEVER"]) == {}
-    plain, rich = data(webhook, 2)
+    # One that was stored may be overtaken.
+    plain, rich = sorted(data(webhook, 2), key=lambda mail: "RET" in mail["envelope"]["mail_params"])
     assert plain["subject"] == rich["subject"] == "Grüße aus smtplib"
     assert plain["from"] == [{"name": "Jürgen", "address": "a@client.example"}]
     assert plain["text"] == "Hällo\n.\n..\n"
@@ -229,7 +230,7 @@ def test_smtplib_hears_of_each_refused_recipient(house: GatewayProcess, webhook:
         refused = client.sendmail("a@client.example", many, b"Subject: many\r\n\r\n")
         assert {code for code, _ in refused.values()} == {452}
         assert list(refused) == many[20:]
-    assert data(webhook, 2)[1]["envelope"]["rcpt_to"] == many[:20]
+    assert sorted((mail["envelope"]["rcpt_to"] for mail in data(webhook, 2)), key=len) == [["b@hook.example"], many[:20]]
 
 
 def test_smtplib_too_large(house: GatewayProcess, webhook: HttpReceiver) -> None:

@@ -7,13 +7,12 @@ ways that are the same every time."""
 from __future__ import annotations
 
 import asyncio
-import copy
 import random
 import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
@@ -70,10 +69,10 @@ class Noticing(Telemetry):
         super().__init__(log="none")
         self.bugs: list[dict[str, Any]] = []
 
-    def event(self, name: str, /, **told: Any) -> None:
-        if name == "bug":
-            self.bugs.append(told)
-        super().event(name, **told)
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "bug":
+            self.bugs.append(fields)
+        super().tell(event, fields)
 
 
 class House:
@@ -209,10 +208,11 @@ class House:
     @staticmethod
     def worded(case: Case) -> Case:
         """The same, but for the text of an acceptance: the whole gateway names an id there."""
-        case = copy.deepcopy(case)
-        for group in case.groups:
-            group.expected = [["250 2.0.0 accepted*"] if reply == ["250 2.0.0 accepted"] else reply for reply in group.expected]
-        return case
+        groups = [
+            replace(group, expected=[["250 2.0.0 accepted*"] if reply == ["250 2.0.0 accepted"] else reply for reply in group.expected])
+            for group in case.groups
+        ]
+        return replace(case, groups=groups)
 
     def __enter__(self) -> Self:
         self._upstream.__enter__()

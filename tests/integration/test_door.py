@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +26,7 @@ import trustme
 
 from ..certificates import certified
 from ..conftest import Start
-from ..servers import PATIENCE, ROOT, GatewayProcess, HttpReceiver, Postfix, Request, free_port, maildir, program, wait_until
+from ..servers import PATIENCE, ROOT, GatewayProcess, HttpReceiver, Postfix, Request, free_port, maildir, mails, program, wait_until
 
 CONFIG = """
 hostname = "mx.gateway.example"
@@ -60,7 +61,7 @@ def swaks(server: str, *options: str) -> tuple[int, str]:
         ["swaks", "--server", server, "--helo", "swaks.example", "--to", "b@box.example", *options],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=5 * PATIENCE,
         check=False,
     )
     return done.returncode, done.stdout
@@ -82,7 +83,7 @@ def test_swaks_behind_a_proxy(gateway: Start, tmp_path: Path, options: list[str]
     assert code == 0, dialogue
     assert house.event("connected")["client"] == "192.0.2.7"
     assert house.event("accepted")["client"] == "192.0.2.7"
-    (mail,) = maildir(tmp_path / "box")
+    (mail,) = mails(tmp_path / "box", 1)
     assert mail.startswith(b"Received: from swaks.example ([192.0.2.7])")
 
 
@@ -95,8 +96,8 @@ def test_swaks_without_an_address_and_nonsense(gateway: Start, tmp_path: Path) -
         code, dialogue = swaks(house.server, *nonsense)
         assert code != 0
         assert "220" not in dialogue
-    assert len(house.found("connected")) == 1
     house.event("shed", count=3)
+    assert len(house.found("connected")) == 1
 
 
 @pytest.mark.parametrize("options", OF_A_CLIENT, ids=["v1", "v2"])
@@ -132,42 +133,43 @@ def behind(house: GatewayProcess, cork: bool) -> Iterator[ssl.SSLSocket]:
             yield secure
 
 
-@pytest.fixture
-def implicit(gateway: Start, tmp_path: Path) -> GatewayProcess:
+def implicit(gateway: Start, tmp_path: Path, greet_delay: str) -> GatewayProcess:
     certified(AUTHORITY, tmp_path / "tls", "mx.gateway.example")
     listener = f"""
 tls = "implicit"
 certificate = "{tmp_path}/tls/certificate.pem"
 key = "{tmp_path}/tls/key.pem"
 proxy_protocol_from = ["127.0.0.0/8"]
-greet_delay = "500ms"
+greet_delay = "{greet_delay}"
 """
     return gateway(CONFIG.format(head="", folder=tmp_path, listener=TCP + listener))
 
 
 @pytest.mark.parametrize("cork", [True, False], ids=["together", "apart"])
-def test_a_proxy_in_front_of_implicit_tls(implicit: GatewayProcess, tmp_path: Path, cork: bool) -> None:
-    with behind(implicit, cork) as secure, smtplib.SMTP(timeout=PATIENCE) as client:
+def test_a_proxy_in_front_of_implicit_tls(gateway: Start, tmp_path: Path, cork: bool) -> None:
+    house = implicit(gateway, tmp_path, "500ms")
+    with behind(house, cork) as secure, smtplib.SMTP(timeout=PATIENCE) as client:
         client.sock = secure
         assert client.getreply()[0] == 220
         client.ehlo("client.example")
         assert "starttls" not in client.esmtp_features
         client.sendmail("a@client.example", ["b@box.example"], b"Subject: x\r\n\r\nhi\r\n")
-    connected = implicit.event("connected")
+    connected = house.event("connected")
     assert (connected["client"], connected["proxy"]) == ("192.0.2.7", "127.0.0.1")
-    wait_until(lambda: bool(maildir(tmp_path / "box")), "the mail")
-    (octets,) = maildir(tmp_path / "box")
+    (octets,) = mails(tmp_path / "box", 1)
     trace = octets.partition(b"Subject: ")[0]
     assert b"[192.0.2.7]" in trace
     assert b" with ESMTPS\r\n" in trace
 
 
-def test_who_talks_within_the_delay_behind_tls(implicit: GatewayProcess) -> None:
-    with behind(implicit, cork=False) as secure:
+def test_who_talks_within_the_delay_behind_tls(gateway: Start, tmp_path: Path) -> None:
+    # So long that nobody is late; the answer comes at once.
+    house = implicit(gateway, tmp_path, "60s")
+    with behind(house, cork=False) as secure:
         secure.sendall(b"EHLO client.example\r\n")
         assert secure.recv(4096).startswith(b"554 5.5.0 ")
         assert secure.recv(4096) == b""
-    assert implicit.event("refused")["stage"] == "connect"
+    assert house.event("refused")["stage"] == "connect"
 
 
 # ------------------------------------------------------------------ swaks --xclient
@@ -184,7 +186,7 @@ def test_swaks_speaks_for_others(gateway: Start, tmp_path: Path) -> None:
     introduced = house.event("introduced")
     assert (introduced["client"], introduced["by"], introduced["name"]) == ("2001:db8::9", "127.0.0.1", "mail.client.example")
     assert house.event("accepted")["client"] == "2001:db8::9"
-    (mail,) = maildir(tmp_path / "box")
+    (mail,) = mails(tmp_path / "box", 1)
     assert mail.startswith(b"Received: from swaks.example ([IPv6:2001:db8::9])")
     assert b"with ESMTPA" in mail
 
@@ -225,20 +227,29 @@ url = "{url}"
 recipients = ["*@hook.example"]
 sink = "hook"
 acknowledge = "delivered"
-acknowledge_timeout = "2s"
+acknowledge_timeout = "60s"
+fallback = "refuse"
+
+[[routes]]
+recipients = ["*@silent.example"]
+sink = "hook"
+acknowledge = "delivered"
+acknowledge_timeout = "6s"
+fallback = "refuse"
+
+[[routes]]
+recipients = ["*@quick.example"]
+sink = "box"
+acknowledge = "delivered"
+acknowledge_timeout = "6s"
 fallback = "refuse"
 """
-
-
-def slow(request: Request) -> tuple[int, dict[str, str]]:
-    time.sleep(4)
-    return 200, {}
 
 
 def lmtp(short: Path, tmp_path: Path, webhook: HttpReceiver, unix: bool) -> str:
     listener = f'address = "unix:{short}/lmtp"\nmode = "0666"' if unix else 'address = "127.0.0.1:0"'
     config = CONFIG.format(head="", folder=tmp_path, listener=listener + '\nprotocol = "lmtp"')
-    return config + 'acknowledge = "delivered"\nacknowledge_timeout = "2s"\nfallback = "refuse"\n' + TWO_SINKS.format(url=webhook.url)
+    return config + 'acknowledge = "delivered"\nacknowledge_timeout = "60s"\nfallback = "refuse"\n' + TWO_SINKS.format(url=webhook.url)
 
 
 @pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
@@ -246,8 +257,15 @@ def test_smtplib_lmtp_each_recipient_hears_its_own_truth(
     gateway: Start, webhook: HttpReceiver, tmp_path: Path, short: Path, unix: bool
 ) -> None:
     house = gateway(lmtp(short, tmp_path, webhook, unix))
+    heard = threading.Event()
+
+    def silent(request: Request) -> tuple[int, dict[str, str]]:
+        heard.wait(PATIENCE)
+        return 200, {}
+
     webhook.answer = lambda request: (422, {})
-    with smtplib.LMTP(f"{short}/lmtp") if unix else smtplib.LMTP("127.0.0.1", house.port) as client:
+    address = {"host": f"{short}/lmtp"} if unix else {"host": "127.0.0.1", "port": house.port}
+    with smtplib.LMTP(**address, timeout=PATIENCE) as client:
         client.ehlo_or_helo_if_needed()
         client.mail("a@client.example")
         for name in ("one@box.example", "two@hook.example", "three@elsewhere.example", "four@box.example"):
@@ -257,15 +275,16 @@ def test_smtplib_lmtp_each_recipient_hears_its_own_truth(
         client.send(b"Subject: x\r\n\r\nx\r\n.\r\n")
         assert [client.getreply()[0] for _ in range(3)] == [250, 554, 250]
         # And where the sink is silent for too long, it alone has no verdict.
-        webhook.answer = slow
+        webhook.answer = silent
         client.mail("a@client.example")
-        client.rcpt("one@box.example")
-        client.rcpt("two@hook.example")
+        assert client.rcpt("one@quick.example")[0] == 250
+        assert client.rcpt("two@silent.example")[0] == 250
         client.docmd("DATA")
         client.send(b"Subject: y\r\n\r\ny\r\n.\r\n")
         assert [client.getreply()[0] for _ in range(2)] == [250, 451]
-    assert len(maildir(tmp_path / "box")) == 2
-    assert house.found("connected")[0]["client"] == (None if unix else "127.0.0.1")
+        heard.set()
+    mails(tmp_path / "box", 2)
+    assert house.event("connected")["client"] == (None if unix else "127.0.0.1")
 
 
 @pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
@@ -283,7 +302,7 @@ def test_postfix_lmtp_client(
     for name, status in (("one@box.example", "sent"), ("two@hook.example", "bounced"), ("three@box.example", "sent")):
         (line,) = [line for line in log.splitlines() if f"to=<{name}>" in line]
         assert f"status={status}" in line, line
-    (mail,) = maildir(tmp_path / "box")
+    (mail,) = mails(tmp_path / "box", 1)
     assert b"with LMTP" in mail
 
 
@@ -365,7 +384,7 @@ def test_sockets_of_systemd(tmp_path: Path, short: Path, workers: int, names: st
         assert manager.recv(4096).startswith(b"READY=1\n")
         with smtplib.LMTP(str(path)) as client:
             client.sendmail("a@client.example", ["b@box.example"], "Subject: y\r\n\r\ny\r\n")
-        assert len(maildir(tmp_path / "box")) == 2
+        mails(tmp_path / "box", 2)
         os.kill(process.pid, signal.SIGHUP)
         assert manager.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
         assert manager.recv(4096).startswith(b"READY=1")
@@ -390,9 +409,8 @@ def test_out_of_descriptors(gateway: Start, tmp_path: Path) -> None:
     if not hasattr(resource, "prlimit"):
         pytest.skip("prlimit is Linux's")
     house = gateway(CONFIG.format(head="", folder=tmp_path, listener=TCP))
-    used = len(os.listdir(f"/proc/{house.pid}/fd"))
     whole = resource.prlimit(house.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(house.pid, resource.RLIMIT_NOFILE, (used + 8, whole[1]))
+    house.spare(8)
 
     def spent() -> float:
         fields = Path(f"/proc/{house.pid}/stat").read_text().rpartition(")")[2].split()
@@ -413,28 +431,33 @@ def test_out_of_descriptors(gateway: Start, tmp_path: Path) -> None:
         told = heard.count(b"421 4.3.2")
         assert told < 40
         # One more, and nobody goes: its turn comes with each rest, and nothing runs in between.
-        before, shed = spent(), starved()
+        before, shed, since = spent(), starved(), time.monotonic()
         waiting = stack.enter_context(socket.create_connection(("127.0.0.1", house.port)))
         waiting.settimeout(PATIENCE)
         assert waiting.recv(200).startswith(b"421 4.3.2")
         time.sleep(1.0)
-        assert starved() - shed <= 8
-        assert spent() - before <= 0.5
+        again, used_up = starved() - shed, spent() - before
+        seconds = time.monotonic() - since
+        assert again <= 8 * seconds
+        assert used_up <= 0.5 * seconds
         for client in clients:
             client.close()
     resource.prlimit(house.pid, resource.RLIMIT_NOFILE, whole)
     with smtplib.SMTP("127.0.0.1", house.port, timeout=PATIENCE) as smtp:
         smtp.sendmail("a@client.example", ["b@box.example"], "Subject: x\r\n\r\nx\r\n")
-    assert len(maildir(tmp_path / "box")) == 1
+    mails(tmp_path / "box", 1)
 
 
 def test_the_greet_delay(gateway: Start, tmp_path: Path) -> None:
-    house = gateway(CONFIG.format(head="", folder=tmp_path, listener=TCP + 'greet_delay = "1s"'))
+    listeners = TCP + f'greet_delay = "1s"\n[[listeners]]\n{TCP}greet_delay = "60s"'
+    house = gateway(CONFIG.format(head="", folder=tmp_path, listener=listeners))
     began = time.monotonic()
     with smtplib.SMTP("127.0.0.1", house.port, timeout=PATIENCE) as client:
-        assert time.monotonic() - began >= 1.0
+        # A timer of the loop counts in whole milliseconds, and may be called in the last of them.
+        assert time.monotonic() - began >= 0.99
         client.sendmail("a@client.example", ["b@box.example"], "Subject: x\r\n\r\nx\r\n")
-    with socket.create_connection(("127.0.0.1", house.port), timeout=PATIENCE) as hasty:
-        time.sleep(0.2)
+    # So long that nobody is late; the answer comes at once.
+    with socket.create_connection(("127.0.0.1", int(house.addresses[1].rpartition(":")[2])), timeout=PATIENCE) as hasty:
+        house.event("connected", count=2)
         hasty.sendall(b"EHLO x\r\n")
         assert hasty.recv(200).startswith(b"554 5.5.0")

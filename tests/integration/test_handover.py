@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import Start
-from ..servers import ROOT, GatewayProcess, HttpReceiver, Request, free_port, wait_until
+from ..servers import PATIENCE, ROOT, GatewayProcess, HttpReceiver, Request, free_port, mails, wait_until
 from .test_gateway_process import ADMIN, AWAY, BASE, BOX, WORKERS, alive, begin, dial, queued, read, send, worker_pids
 
 HOOK = (
@@ -50,7 +50,7 @@ def hand_over(house: GatewayProcess, pid: int) -> int:
     """The id of the new process, once the old one is gone."""
     count = len(house.found("handed_over")) + 1
     os.kill(pid, signal.SIGUSR2)
-    new = int(house.event("handed_over", count=count, timeout=60)["pid"])
+    new = int(house.event("handed_over", count=count)["pid"])
     wait_until(lambda: not alive(pid), "the old process ends")
     return new
 
@@ -81,9 +81,14 @@ def end(house: GatewayProcess, pid: int) -> None:
     assert not bugs, bugs
 
 
+#: As many as wait for their turn at a machine that is held up for a moment; all are answered long before ``PATIENCE``.
+AT_ONCE = 100
+
+
 @dataclass
 class Load:
-    """``rate`` connections a second, from a thread of its own, until ``stop``."""
+    """``rate`` connections a second, from a thread of its own, until ``stop``; fewer where so many are not
+    answered: no more than ``AT_ONCE`` wait at a time."""
 
     port: int
     rate: float
@@ -100,18 +105,19 @@ class Load:
 
     def wait(self, accepted: int) -> None:
         """Returns when so many mails were accepted."""
-        wait_until(lambda: self.ends["accepted"] >= accepted, "load")
+        wait_until(lambda: self.ends["accepted"] >= accepted, "load", 2 * PATIENCE)
 
     def stop(self) -> None:
         self._ended = True
         assert self._thread is not None
-        self._thread.join(60)
+        self._thread.join(2 * PATIENCE)
+        assert not self._thread.is_alive(), "the load does not end"
 
     async def _run(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
         begun, number = time.monotonic(), 0
         while not self._ended:
-            while number < (time.monotonic() - begun) * self.rate:
+            while number < (time.monotonic() - begun) * self.rate and len(tasks) < AT_ONCE:
                 number += 1
                 task = asyncio.create_task(self._mail(number))
                 tasks.add(task)
@@ -123,7 +129,7 @@ class Load:
         stage = "connect"
         writer: asyncio.StreamWriter | None = None
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
                 for stage, line in (
                     ("greeting", b""),
@@ -174,7 +180,7 @@ def story(house: GatewayProcess, receiver: HttpReceiver, times: int, rate: float
     finally:
         load.stop()
     assert not load.strange, load.strange[:10]
-    wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried")
+    wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried", 2 * PATIENCE)
     found = carried(receiver)
     assert max(len(ids) for ids in found.values()) == 1, [ids for ids in found.values() if len(ids) > 1][:10]
     assert not load.told & found.keys()
@@ -230,7 +236,7 @@ def test_a_new_version_that_cannot_start_changes_nothing(gateway: Start, tmp_pat
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         assert client.recv(100).startswith(b"220 ")
-    assert len(list((tmp_path / "box" / "new").iterdir())) == 2
+    mails(tmp_path / "box", 2)
     end(house, pid)
     assert not path.exists()
 
@@ -242,12 +248,12 @@ def test_who_is_in_is_answered_and_the_numbers_go_on(gateway: Start, tmp_path: P
 
     def slow(request: Request) -> tuple[int, dict[str, str]]:
         if b"whole" in request.body:
-            go.wait(20)
+            go.wait(PATIENCE)
         return 200, {}
 
     with HttpReceiver(slow) as receiver, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        config = HOOK.format(head="", url=receiver.url) + 'acknowledge = "delivered"\n' + ADMIN + '\n[drain]\ntimeout = "9s"\n'
+        config = HOOK.format(head="", url=receiver.url) + 'acknowledge = "delivered"\n' + ADMIN + '\n[drain]\ntimeout = "24s"\n'
         house = gateway(config, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
         http = house.found("listening", protocol="http")[0]["address"]
         idle, owed = dial(house.port), begin(house.port, "b@app.example")
@@ -319,12 +325,16 @@ def test_the_old_one_killed_in_the_middle(gateway: Start) -> None:
 
 def test_stopped_while_the_new_version_starts(gateway: Start, tmp_path: Path) -> None:
     house = gateway(BOX.format(folder=tmp_path))
+    # It waits for somebody who writes its configuration, and starts no further.
+    house.config.unlink()
+    os.mkfifo(house.config)
     house.signal(signal.SIGUSR2)
     house.event("handing_over")
     house.signal(signal.SIGTERM)
     assert house.wait() == 0
     # The log ends with the last process that has it.
     assert not house.found("handed_over")
+    assert not house.found("handover_refused")
 
 
 @pytest.mark.parametrize("head", ["", pytest.param(WORKERS, marks=pytest.mark.long)])
@@ -360,7 +370,7 @@ def test_a_socket_that_was_passed_on_is_handed_on(gateway: Start, tmp_path: Path
             os.kill(pid, signal.SIGUSR2)
             wait_until(partial(lambda wanted: len(told("handed_over")) == wanted, count), "handed over")
             pid = int(str(told("handed_over")[-1]["pid"]))
-        assert first.wait(20) == 0
+        assert first.wait(PATIENCE) == 0
         assert send(port, "b@box.example")[0] == 250
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not alive(pid), "the end")
@@ -389,18 +399,25 @@ def test_killed_while_it_adopts(tmp_path: Path) -> None:
     assert {path.name for path in house.spool.iterdir()} == {"0", "1", "2"}
     house.config.write_text(house.config.read_text().replace("workers = 3", "workers = 1"))
 
+    killed = [threading.Event(), threading.Event()]
+
     def slow(request: Request) -> tuple[int, dict[str, str]]:
-        time.sleep(0.02)
+        """Forty are answered before the first kill, forty more before the second: there is always some to adopt."""
+        here = len(receiver.requests)
+        for kill, over in enumerate(killed, 1):
+            if here > kill * 40:
+                over.wait(PATIENCE)
         return 200, {}
 
     with HttpReceiver(slow, port=port) as receiver:
-        for kill in range(2):
+        for kill, over in enumerate(killed, 1):
             house.launch()
             house.event("adopted")
-            receiver.wait((kill + 1) * 40)
+            receiver.wait(kill * 40)
             house.kill()
+            over.set()
         with house:
-            wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried")
+            wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried", 2 * PATIENCE)
             wait_until(lambda: [path.name for path in house.spool.iterdir()] == ["0"], "the others are gone")
         found = carried(receiver)
     assert found.keys() == load.acked
@@ -425,16 +442,27 @@ def test_a_worker_killed_under_load(gateway: Start) -> None:
             load.stop()
         # Those that were with the dead worker broke off; nobody was refused, nobody waited in vain.
         assert not [line for line in load.strange if "ConnectionRefused" in line or "Timeout" in line], load.strange[:10]
-        wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried")
+        wait_until(lambda: load.acked <= carried(receiver).keys(), "all is carried", 2 * PATIENCE)
         assert all(len(set(ids)) == 1 for ids in carried(receiver).values())
         wait_until(lambda: read(f"http://{http}/readyz")[0] == 200, "ready")
         # Each worker for itself.
         assert [event["again_in"] for event in house.found("worker_ended")] == [0.1, 0.1]
 
 
+#: As ``sitecustomize``: a worker starts only while nobody holds it back.
+HELD_BACK = """
+import os, sys, time
+while "gateway.supervisor" in sys.orig_argv and os.path.exists({file!r}):
+    time.sleep(0.01)
+"""
+
+
 @pytest.mark.long
-def test_a_worker_that_dies_again_and_again_waits_longer(gateway: Start) -> None:
-    house = gateway(AWAY.format(head=WORKERS, tail=ADMIN, upstream=f"127.0.0.1:{free_port()}"))
+def test_a_worker_that_dies_again_and_again_waits_longer(gateway: Start, tmp_path: Path) -> None:
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / "sitecustomize.py").write_text(HELD_BACK.format(file=str(tmp_path / "back")))
+    path = os.pathsep.join([str(tmp_path / "started"), os.environ.get("PYTHONPATH", "")])
+    house = gateway(AWAY.format(head=WORKERS, tail=ADMIN, upstream=f"127.0.0.1:{free_port()}"), environment={"PYTHONPATH": path})
     http = house.found("listening", protocol="http")[0]["address"]
     # One that is there and does nothing is no better.
     os.kill(worker_pids(house)[1], signal.SIGSTOP)
@@ -444,14 +472,17 @@ def test_a_worker_that_dies_again_and_again_waits_longer(gateway: Start) -> None
     # What is meant for the supervisor ends no worker.
     os.kill(worker_pids(house)[1], signal.SIGUSR2)
     for death in range(3):
+        if death == 2:
+            (tmp_path / "back").touch()
         os.kill(worker_pids(house)[0], signal.SIGKILL)
         house.event("worker_ended", count=death + 1)
         if death == 2:
-            # 0.4 s until the next: long enough to see that one is missing, and which.
+            # That one is missing is seen, and which.
             assert read(f"http://{http}/readyz") == (503, "worker 0 is not up\n")
             status, text = read(f"http://{http}/healthz")
             assert (status, json.loads(text)["reason"]) == (503, "worker 0 is not up")
             assert len(json.loads(text)["workers"]) == 1
+            (tmp_path / "back").unlink()
         assert send(house.port, "b@away.example")[0] == 250
         house.event("worker_ready", number=0, count=death + 2)
     assert [event["again_in"] for event in house.found("worker_ended")] == [0.1, 0.2, 0.4]

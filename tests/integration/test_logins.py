@@ -59,7 +59,7 @@ def hashed(password: str, *options: str) -> str:
         input=f"{password}\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=True,
         cwd=ROOT,
     )
@@ -266,7 +266,10 @@ def test_users_are_read_anew_by_sighup(house: GatewayProcess, tmp_path: Path, pe
 
 def test_a_service_that_judges(gateway: Start, tmp_path: Path) -> None:
     with HttpReceiver(lambda request: (204 if request.json()["password"] == "good" else 401, {})) as service:
-        config = CONFIG.replace('users_file = "{users}"\n', "").format(folder=tmp_path) + f'\n[authentication]\nurl = "{service.url}"\n'
+        config = (
+            CONFIG.replace('users_file = "{users}"\n', "").format(folder=tmp_path)
+            + f'\n[authentication]\nurl = "{service.url}"\ntimeout = "60s"\n'
+        )
         house = gateway(config)
         with smtplib.SMTP("127.0.0.1", house.port, timeout=PATIENCE) as client:
             assert client.login("carol", "good", initial_response_ok=False)[0] == 235

@@ -108,7 +108,7 @@ def house(gateway: Start, webhook: HttpReceiver, upstream: Upstream, pair: Certi
     return gateway(CONFIG.format(url=webhook.url, upstream=upstream.address, folder=tmp_path, hash=json.dumps(people)))
 
 
-def run(*command: str, code: int | None = 0, stdin: str | None = None, timeout: float = 60) -> str:
+def run(*command: str, code: int | None = 0, stdin: str | None = None, timeout: float = 5 * PATIENCE) -> str:
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     assert code is None or done.returncode == code, f"{done.returncode}: {done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -128,7 +128,7 @@ def nmap(house: GatewayProcess, *scripts: str, arguments: str = "") -> dict[int,
     ports = {which: house.addresses[which].rpartition(":")[2] for which in SCANNED}
     # "+": also where the port is none of SMTP's.
     chosen = ["--script", ",".join(f"+{name}" for name in scripts), *(["--script-args", arguments] if arguments else [])]
-    told = run("nmap", "-n", "-Pn", "-sT", "-v", "-p", ",".join(ports.values()), *chosen, "-oX", "-", "127.0.0.1", timeout=120)
+    told = run("nmap", "-n", "-Pn", "-sT", "-v", "-p", ",".join(ports.values()), *chosen, "-oX", "-", "127.0.0.1", timeout=10 * PATIENCE)
     found = {
         port.get("portid"): {script.get("id", ""): script.get("output", "") for script in port.iter("script")}
         for port in ElementTree.fromstring(told[: told.index("</nmaprun>") + 10]).iter("port")
@@ -333,7 +333,7 @@ def findings(address: str, found: Path, *options: str) -> dict[str, dict[str, st
     if testssl is None:
         pytest.skip("testssl.sh is not installed")
     command = [testssl, "--quiet", "--color", "0", "--warnings", "off", "--jsonfile", str(found), *options, address]
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=900, check=False)
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60 * PATIENCE, check=False)
     told = {one["id"]: one for one in json.loads(found.read_text())}
     assert told["TLS1_3"]["finding"].startswith("offered"), told
     return told

@@ -7,6 +7,7 @@ import asyncio
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import trustme
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
-from ..servers import Upstream, program, smtp_sink, without_trace
+from ..servers import PATIENCE, Upstream, program, smtp_sink, without_trace
 from ..unit.test_relay import CONTENT, carry, message, on_both_loops, states, to
 
 smtp_sink_only = pytest.mark.skipif(program("smtp-sink") is None, reason="smtp-sink is not installed")
+
+#: Long enough for a peer that is held up: none of these is silent.
+toward = partial(to, timeout=PATIENCE)
 
 # --------------------------------------------------------------------- smtp-sink
 
@@ -62,7 +66,7 @@ smtp_sink_only = pytest.mark.skipif(program("smtp-sink") is None, reason="smtp-s
 )
 async def test_smtp_sink_fails_where_it_is_told_to(tmp_path: Path, options: list[str], state: str, down: bool) -> None:
     with smtp_sink(tmp_path / "sink", *options) as server:
-        async with to(server.address) as sink:
+        async with toward(server.address) as sink:
             for _ in range(2):
                 (outcome,) = await carry(sink)
                 assert outcome.state == state
@@ -85,7 +89,7 @@ async def test_smtp_sink_that_refuses_before_the_content_came(tmp_path: Path) ->
 @smtp_sink_only
 async def test_smtp_sink_as_a_mail_store(tmp_path: Path) -> None:
     with smtp_sink(tmp_path / "sink", "-L") as server:
-        async with to(server.address, lmtp=True) as sink:
+        async with toward(server.address, lmtp=True) as sink:
             for _ in range(2):
                 assert states(await carry(sink, message("b@y.example", "c@y.example"))) == ["delivered"] * 2
 
@@ -93,7 +97,7 @@ async def test_smtp_sink_as_a_mail_store(tmp_path: Path) -> None:
 @smtp_sink_only
 async def test_a_thousand_over_twenty_connections(tmp_path: Path) -> None:
     with smtp_sink(tmp_path / "sink") as server, Upstream() as other:
-        async with to(server.address, other.address) as sink:
+        async with toward(server.address, other.address) as sink:
 
             async def one_after_the_other(worker: int) -> None:
                 for number in range(50):
@@ -152,7 +156,7 @@ def aiosmtpd(store: Store, **settings: Any) -> Iterator[str]:
 async def test_aiosmtpd_takes_one_command_at_a_time() -> None:
     store = Store()
     with aiosmtpd(store, enable_SMTPUTF8=True) as address:
-        async with to(address) as sink:
+        async with toward(address) as sink:
             outcomes = await carry(sink, message("b@y.example", "no@y.example", "c@y.example"))
             assert states(outcomes) == ["delivered", "failed", "delivered"]
             assert states(await carry(sink, message("grüße@y.example", content="Hällo\r\n".encode(), sender="é@x.example"))) == [
@@ -179,16 +183,16 @@ async def test_aiosmtpd_with_tls_and_a_login(tmp_path: Path) -> None:
 
     store = Store()
     with aiosmtpd(store, tls_context=context, require_starttls=True, authenticator=judge, auth_required=True) as address:
-        async with to(address, tls="verify", ca_file=ca_file, username="user", password="pass") as sink:
+        async with toward(address, tls="verify", ca_file=ca_file, username="user", password="pass") as sink:
             for _ in range(2):
                 assert states(await carry(sink)) == ["delivered"]
-        async with to(address, tls="verify", ca_file=ca_file, username="user", password="wrong") as sink:
+        async with toward(address, tls="verify", ca_file=ca_file, username="user", password="wrong") as sink:
             (outcome,) = await carry(sink)
             assert (outcome.state, outcome.down) == ("deferred", True)
             assert "535 5.7.8" in outcome.reply.text
         # What the server would say to mail without TLS or login is nothing to bounce mail for.
         for tls in ("off", "required"):
-            async with to(address, tls=tls) as sink:
+            async with toward(address, tls=tls) as sink:
                 (outcome,) = await carry(sink)
                 assert (outcome.state, outcome.down) == ("deferred", True)
     assert store.tls == [True, True]

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import trustme
 
 from ..certificates import certified
 from ..conftest import Start
-from ..servers import GatewayProcess, free_port
+from ..servers import GatewayProcess, free_port, wait_until
 from .test_gateway_process import BOX, WORKERS, dial, refuses, send, worker_pids
 
 
@@ -41,12 +40,13 @@ def test_workers_get_new_listeners_and_lose_old_ones(gateway: Start, tmp_path: P
     reload(house, good + f'[[listeners]]\naddress = "127.0.0.1:{free}"\n[[listeners]]\naddress = "unix:{tmp_path}/lmtp"\n')
     house.event("listening", address=f"unix:{tmp_path}/lmtp")
     house.event("reloaded", count=2)
-    clients = [dial(free) for _ in range(30)]
-    for client in clients:
-        client.close()
-    house.event("connected", count=30, listener=f"127.0.0.1:{free}")
-    shares = Counter(event["worker"] for event in house.found("connected", listener=f"127.0.0.1:{free}"))
-    assert len(shares) == 2, shares
+
+    def both_serve() -> bool:
+        """One that is held up for a moment leaves all to the other meanwhile."""
+        dial(free).close()
+        return len({event["worker"] for event in house.found("connected", listener=f"127.0.0.1:{free}")}) == 2
+
+    wait_until(both_serve, "a client for each worker")
     assert send(free, "b@box.example")[0] == 250
     # One that begins anew has them all.
     os.kill(worker_pids(house)[0], signal.SIGKILL)
@@ -99,5 +99,6 @@ def test_a_worker_that_began_under_the_old_file(gateway: Start, tmp_path: Path) 
     reload(house, house.config.read_text().replace("*@box.example", "*@new.example"))
     house.event("reloaded", worker=0)
     house.event("worker_ready", number=1, count=2)
-    assert replies(house.port, "b@new.example") == {250}
+    # Where it was quicker than the signal, it is told of the new one a moment after the other.
+    wait_until(lambda: replies(house.port, "b@new.example") == {250}, "both go by the new file")
     assert not house.found("bug")

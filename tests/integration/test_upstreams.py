@@ -192,8 +192,11 @@ def test_what_the_next_hop_cannot_carry_fails_and_is_not_re_encoded(gateway: Sta
         (bounce,) = poor.wait(1)
         # A bounce that has to name a UTF-8 address is no more for this hop than the mail was.
         house.event("dead", sink="out")
-        assert re.match(r"5\d\d 5\.6\.3 ", house.event("failed")["reply"])
-        assert re.match(r"5\d\d 5\.6\.[37] ", house.event("failed", count=2)["reply"])
+        # Two connections may carry them: the second can be over first.
+        house.event("failed", count=2)
+        replies = [event["reply"] for event in house.found("failed")]
+        assert all(re.match(r"5\d\d 5\.6\.[37] ", reply) for reply in replies), replies
+        assert any(re.match(r"5\d\d 5\.6\.3 ", reply) for reply in replies), replies
         assert len(poor.taken) == 1
     assert bounce.mail.startswith("<>")
     assert b"Status: 5.6.3" in bounce.content
@@ -216,7 +219,7 @@ def test_mail_waits_for_an_upstream_that_is_down(gateway: Start) -> None:
             assert client.mail(f"m{number}@client.example", ["b@far.example"], MAIL).startswith("250 2.")
     house.event("sink_down", sink="out")
     with Upstream(port=port) as upstream:
-        mails = upstream.wait(20, timeout=60)
+        mails = upstream.wait(20)
         house.event("sink_up", sink="out")
     assert {taken.mail.partition(" ")[0] for taken in mails} == {f"<m{number}@client.example>" for number in range(20)}
     assert all(without_trace(taken.content) == MAIL for taken in mails)

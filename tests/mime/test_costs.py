@@ -57,8 +57,8 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
 }
 #: Below these seconds a measurement says nothing.
 FLOOR = 0.01
-#: How much more time twice the size may take.
-TWICE = 2.3
+#: How much more time twice the size may take: 2 is linear, and what no longer fits into the cache costs more; 4 is quadratic.
+TWICE = 2.65
 
 
 def cost(octets: bytes, times: int = 3) -> float:

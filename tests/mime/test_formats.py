@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gateway.message import TLS, Client, Content, Envelope, Message
 from gateway.mime.formats import FORMATS, format_named
 from gateway.mime.formats.raw import FIELD_OCTETS, escaped, joined
+from gateway.mime.formats.standard import moment
 
 from ..deliveries import ID, TRACE, mail, recipient, untried
 
@@ -199,3 +201,10 @@ def test_every_format_has_its_function() -> None:
     with pytest.raises(KeyError):
         format_named("nonsense")
     assert all(re.fullmatch(r"[a-z]+", name) for name in FORMATS)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.0000005, 0.25, 0.9999994, 0.9999996])
+def test_a_moment_is_what_the_library_says(fraction: float) -> None:
+    for second in (0, 1_700_000_000, 1_700_000_000, 1_699_999_999, 4_102_444_800):
+        expected = datetime.fromtimestamp(second + fraction, UTC).isoformat(timespec="microseconds")
+        assert moment(second + fraction) == expected.removesuffix("+00:00") + "Z"

@@ -6,15 +6,16 @@ input is fed whole, octet by octet and at random cuts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway._parser import Receiver, ReplyReceiver, parse_address, stuff
+from gateway._parser import ReadBuffer, Receiver, ReplyReceiver, parse_address, stuff
 from tests import reference
-from tests.fuzz.receiver import compare, heard, told
+from tests.fuzz.receiver import compare, heard, poured, told
 
 CUTS = st.one_of(st.just("whole"), st.just("octets"), st.lists(st.integers(0, 2**20), max_size=12))
 Cuts = str | list[int]
@@ -27,6 +28,25 @@ def cut(octets: bytes, cuts: Cuts) -> list[bytes]:
         return [octets[i : i + 1] for i in range(len(octets))]
     places = sorted({0, len(octets), *(place % (len(octets) + 1) for place in cuts if isinstance(place, int))})
     return [octets[a:b] for a, b in pairwise(places)]
+
+
+#: How reads are handed over: as bytes, or in a buffer that contents of so many octets take with them.
+LENT = st.sampled_from([0, 1, 40, 100_000])
+
+
+def feeder(receiver: Receiver, lent: int) -> Callable[[bytes], None]:
+    """Feeds what was read. The buffer serves another reader in between, and nothing of one may turn up with the other."""
+    if not lent:
+        return receiver.feed
+    buffer, other = ReadBuffer(100_000, lent), Receiver()
+    other.begin()
+
+    def feed(read: bytes) -> None:
+        other.feed(poured(b"other\r\n" * 20, buffer))
+        assert other.content() == b"other\r\n" * 20
+        receiver.feed(poured(read, buffer))
+
+    return feed
 
 
 def joined(*tokens: bytes, most: int = 24) -> st.SearchStrategy[bytes]:
@@ -52,22 +72,25 @@ HEADER = joined(b"Received:", b"received \t:", b"RECEIVED", b"x: y", b"\r\n", b"
 CONTENT = st.one_of(WIRE, LINES, HEADER, st.tuples(HEADER, WIRE, LINES).map(b"".join))
 
 
-@given(CONTENT, st.sampled_from([b"", b"\r\n.\r\nQUIT\r\n.\r\n"]), CUTS, st.booleans())
-@example(b".\r\n", b"", "octets", False)
-@example(b"\n.\r\n", b"\r\n.\r\n", "whole", True)
-@example(b"a\n..\r\n.\nb\n.\r\nc", b"\r\n.\r\n", "whole", True)
-@example(b"x" * 63 + b"\r\n.y" + b"z" * 200, b"\r\n.\r\nQUIT\r\n.\r\n", "whole", False)
-@settings(max_examples=600, deadline=None)
-def test_content(body: bytes, end: bytes, cuts: Cuts, normalize: bool) -> None:
+@given(CONTENT, st.sampled_from([b"", b"\r\n.\r\nQUIT\r\n.\r\n"]), CUTS, st.booleans(), LENT)
+@example(b".\r\n", b"", "octets", False, 0)
+@example(b"\n.\r\n", b"\r\n.\r\n", "whole", True, 0)
+@example(b"a\n..\r\n.\nb\n.\r\nc", b"\r\n.\r\n", "whole", True, 0)
+@example(b"x" * 63 + b"\r\n.y" + b"z" * 200, b"\r\n.\r\nQUIT\r\n.\r\n", "whole", False, 0)
+@example(b"x" * 63 + b"\r\ny" + b"z" * 200, b"\r\n.\r\nQUIT\r\n.\r\n", "whole", False, 40)
+@example(b"x" * 63 + b"\r\ny" + b"z" * 200, b"", [100], False, 1)
+@settings(max_examples=800, deadline=None)
+def test_content(body: bytes, end: bytes, cuts: Cuts, normalize: bool, lent: int) -> None:
     stream = body + end
     want = reference.content(stream, normalize)
     receiver = Receiver(normalize=normalize)
     receiver.begin()
+    feed = feeder(receiver, lent)
     pieces: list[bytes] = []
     fed = 0
     for read in cut(stream, cuts):
         fed += len(read)
-        receiver.feed(read)
+        feed(read)
         while (piece := receiver.content()) is not None:
             assert piece, "an empty piece says nothing"
             assert receiver.content_fault is None, "octets were handed out together with a fault"
@@ -78,18 +101,19 @@ def test_content(body: bytes, end: bytes, cuts: Cuts, normalize: bool) -> None:
     compare(told(receiver, b"".join(pieces), fed - receiver.pending), receiver.size, want)
 
 
-@given(CONTENT, CUTS, st.lists(st.integers(1, 300), max_size=10), st.booleans(), st.booleans())
-@settings(max_examples=500, deadline=None)
-def test_chunks(stream: bytes, cuts: Cuts, sizes: list[int], normalize: bool, binary: bool) -> None:
+@given(CONTENT, CUTS, st.lists(st.integers(1, 300), max_size=10), st.booleans(), st.booleans(), LENT)
+@settings(max_examples=700, deadline=None)
+def test_chunks(stream: bytes, cuts: Cuts, sizes: list[int], normalize: bool, binary: bool, lent: int) -> None:
     want = reference.chunks(stream, normalize, binary, ended=True)
     receiver = Receiver(normalize=normalize)
     receiver.begin(binary=binary)
+    feed = feeder(receiver, lent)
     left = len(stream)
     plan = iter(sizes)
     now = 0
     pieces: list[bytes] = []
     for read in cut(stream, cuts):
-        receiver.feed(read)
+        feed(read)
         while True:
             if now == 0:
                 now = min(next(plan, left), left)
@@ -289,7 +313,7 @@ def test_commands(stream: bytes, cuts: Cuts, limit: int) -> None:
 
 
 @given(COMMANDS, CUTS, st.sampled_from([10, 100, 12288]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_lines(stream: bytes, cuts: Cuts, limit: int) -> None:
     receiver = Receiver()
     got = []

@@ -1,6 +1,9 @@
 """A stage for the intake and the queue: a spool whose groups close and sync when the test
 says so, sinks that answer when the test says so, a clock that moves when the test says so.
 
+Time goes by on its loop only while nothing else is left to do, and then at once: what comes before what
+does not hang on how busy the machine is, and nothing is waited for.
+
 What these parts do on a real disk and real sockets is shown elsewhere (test_spool, integration);
 here the order of events is the point, and no real disk can be told when to fail.
 """
@@ -33,7 +36,10 @@ class Told:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     def event(self, name: str, /, **fields: Any) -> None:
-        self.events.append((name, fields))
+        self.tell(name, fields)
+
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        self.events.append((event, fields))
 
     def names(self) -> list[str]:
         return [name for name, _fields in self.events]
@@ -194,10 +200,31 @@ class StagedSpool:
         return woken
 
 
+def quieten(loop: asyncio.AbstractEventLoop) -> None:
+    """From now on a timer of this loop is due when all that was to happen before it has happened, and no sooner.
+    Of uvloop's it is not asked: there time is the machine's."""
+    of_asyncio: Any = loop
+    if not hasattr(loop, "_selector") or "time" in vars(loop):
+        return
+    select, now = of_asyncio._selector.select, loop.time()
+
+    def look(timeout: float | None = None) -> Any:
+        nonlocal now
+        # Without a timer there is a thread, or nothing, to wait for.
+        events = select(None if timeout is None else 0)
+        if timeout is not None and timeout > 0 and not events:
+            now += timeout
+        return events
+
+    of_asyncio._selector.select = look
+    of_asyncio.time = lambda: now
+
+
 class Clock:
     """Unix seconds that go by with the loop's, plus what the test adds."""
 
     def __init__(self) -> None:
+        quieten(asyncio.get_running_loop())
         self._start = asyncio.get_running_loop().time()
         self.added = 0.0
 
@@ -282,6 +309,7 @@ class Stage:
         """One message up to its end of data; the answer comes into ``answers``."""
         transaction = self.transaction(*recipients, **more)
         transaction.size, transaction.header_size = len(content), content.find(b"\r\n\r\n") + 2
+        transaction.hops = content[: transaction.header_size].count(b"Received:")
         draft = self.draft(transaction)
         draft.write(content)
         draft.finish(self.answers.append)

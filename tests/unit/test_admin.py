@@ -41,7 +41,7 @@ OPERATIONS: dict[str, control.Operation] = {"echo": echo, "broken": broken, "lar
 
 async def ask(path: Path, op: str, **arguments: Any) -> Any:
     """The blocking client, as the command line uses it."""
-    return await asyncio.to_thread(call, path, op, timeout=10, **arguments)
+    return await asyncio.to_thread(call, path, op, timeout=30, **arguments)
 
 
 # --------------------------------------------------------------- control socket

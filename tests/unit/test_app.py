@@ -28,9 +28,11 @@ from gateway.build import least_room
 from gateway.config import Config, ConfigError
 from gateway.net.sockets import bind
 from gateway.observe import Telemetry
+from gateway.spool import sqlite
 
 from ..certificates import Certified, certified
 from ..loops import on_both_loops, until
+from ..servers import free_port
 
 MAIL = b"Subject: hello\r\n\r\n.dots and all\r\n"
 
@@ -42,9 +44,9 @@ class Told(Telemetry):
         super().__init__("none")
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def event(self, name: str, /, **fields: Any) -> None:
-        self.events.append((name, dict(fields)))
-        super().event(name, **fields)
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        self.events.append((event, dict(fields)))
+        super().tell(event, fields)
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [fields for found, fields in self.events if found == name]
@@ -52,7 +54,7 @@ class Told(Telemetry):
 
 def post(port: int, recipients: Sequence[str], content: bytes = MAIL) -> tuple[int, bytes]:
     """Send one mail; the reply after the end of data, or the first that refused."""
-    client = smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=10)
+    client = smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=30)
     try:
         client.ehlo()
         client.mail("a@client.example")
@@ -72,7 +74,7 @@ async def dialled(port: int) -> smtplib.SMTP:
     """A client that is in and has said EHLO. Its calls block: through a thread."""
 
     def dial() -> smtplib.SMTP:
-        client = smtplib.SMTP("127.0.0.1", port, timeout=10)
+        client = smtplib.SMTP("127.0.0.1", port, timeout=30)
         client.ehlo()
         return client
 
@@ -218,10 +220,7 @@ async def test_mail_that_one_of_two_functions_took_is_kept(caplog: pytest.LogCap
 
     async with again:
         await asyncio.to_thread(call, again.config.spool.path / "0" / "control.sock", "change", ids=None, action="retry")
-        for _ in range(500):
-            if got:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: got)
     assert got == [["two@app.example"]]
 
 
@@ -292,8 +291,7 @@ async def test_a_port_that_is_taken(tmp_path: Path) -> None:
 async def test_a_spool_that_another_has(tmp_path: Path) -> None:
     """The second is told, and leaves nothing: its port is free, the first goes on."""
     async with running(file(tmp_path)) as (first, _):
-        with bind("127.0.0.1", 0) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         with pytest.raises(ConfigError) as error:
             await Gateway(file(tmp_path, listeners=[{"address": address}])).start()
         assert error.value.faults[0].startswith("spool.path: ")
@@ -362,7 +360,7 @@ async def test_the_drain_has_an_end(tmp_path: Path) -> None:
     await began.wait()
     before = time.monotonic()
     await app.stop()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 30
     # After its end of data: no 421, and no 250 that nobody can stand for.
     assert await reader.read() == b""
     writer.close()
@@ -401,7 +399,7 @@ async def test_the_second_asking_ends_at_once(tmp_path: Path) -> None:
     await asyncio.sleep(0.1)
     assert not living.done()
     app.ask_to_stop()
-    assert await asyncio.wait_for(living, 5) == 0
+    assert await asyncio.wait_for(living, 30) == 0
     with pytest.raises(smtplib.SMTPServerDisconnected):
         await sending
 
@@ -440,21 +438,20 @@ def test_the_room_that_must_be(tmp_path: Path) -> None:
 async def test_a_spool_in_trouble_takes_no_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A1: 421 instead of the greeting, and to MAIL; all is well again by itself."""
     monkeypatch.setattr(module, "WATCH", 0.02)
+    monkeypatch.setattr(sqlite, "_WATCH", 3600.0)  # when it looks again is for us to say
     async with running(file(tmp_path)) as (gateway, _):
         inside = await dialled(gateway.port)
         assert gateway._spool is not None
         gateway._spool._set_trouble("the disk is gone")
-        await asyncio.sleep(0.1)
+        await until(lambda: gateway._listeners[0].rules.shortage)
         assert (await asyncio.to_thread(inside.mail, "a@client.example"))[0] == 421
         inside.close()
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         assert await reader.read() == module.UNHEALTHY.wire
         writer.close()
-        for _ in range(500):
-            if await gateway.unready() is None:
-                break
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+        gateway._spool._watch()
+        await until(lambda: gateway._listeners[0].rules.shortage is None)
+        assert await gateway.unready() is None
         assert (await sent(gateway.port, "b@here.example"))[0] == 250
 
 
@@ -583,6 +580,7 @@ async def test_numbers_and_health(tmp_path: Path) -> None:
         assert http["protocol"] == "http"
         assert [name for name, _ in told.events].index("ready") == 2
         assert (await sent(gateway.port, "b@here.example"))[0] == 250
+        await until(lambda: not gateway._listeners[0].connections)
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://{http['address']}/metrics") as answer:
                 lines = (await answer.text()).splitlines()
@@ -606,8 +604,7 @@ async def test_numbers_and_health(tmp_path: Path) -> None:
 @on_both_loops
 async def test_the_control_socket(tmp_path: Path) -> None:
     """What ``gateway queue`` asks of a gateway that runs: an upstream that is down, and a mail for it."""
-    with bind("127.0.0.1", 0) as sock:
-        nobody = f"127.0.0.1:{sock.getsockname()[1]}"
+    nobody = f"127.0.0.1:{free_port()}"
     config = file(
         tmp_path,
         sinks={"up": {"type": "relay", "hosts": [nobody], "tls": "off"}},

@@ -3,7 +3,6 @@ others (RFC 6710). That the wire understands them: transcripts EXT-*; on a real 
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -92,9 +91,7 @@ async def test_the_timer_alone_releases() -> None:
         ask(stage, HOLDUNTIL="2027-01-15T08:10:00Z")
         await breathe()
         assert app.seen == []
-        async with asyncio.timeout(5):
-            while not app.seen:
-                await breathe(1)
+        await until(lambda: app.seen)
 
 
 async def test_a_step_of_the_clock_backward_holds_on_and_forward_releases() -> None:
@@ -273,7 +270,7 @@ async def test_mode_r_that_was_never_tried_is_returned_untried() -> None:
         ask(stage, "slow@us.example")
         ask(stage, BY="100;R")
         ask(stage, "patient@us.example")
-        await breathe(20)
+        await patience()
         stage.clock.added = 101.0
         app.settle(OK)
         await breathe(40)
@@ -320,7 +317,7 @@ async def test_who_set_a_time_is_told_behind_a_long_queue(mode: str) -> None:
         for _ in range(3 * WINDOW):
             ask(stage)
         ask(stage, BY="100;" + mode)
-        await breathe(20)
+        await patience()
         app.settle(OK)
         await breathe(20)
         ask(stage, BY="101;" + mode, MT_PRIORITY="5", priority=5)
@@ -474,7 +471,7 @@ async def backlog(stage: Stage, app: StagedSink, priorities: list[int]) -> None:
     await breathe()
     for number, priority in enumerate(priorities):
         ask(stage, f"{priority}.{number}@us.example", priority=priority, MT_PRIORITY=str(priority))
-    await breathe(20)
+    await patience()
     stage.spool.commit()
     stage.spool.by_itself = True
     assert len(app.seen) == 1

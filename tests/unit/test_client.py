@@ -38,7 +38,15 @@ def mail(
 
 
 def timed(seconds: int, mode: str, elapsed: float) -> Mail:
-    return replace(mail(), by=DeliverBy(seconds, mode[0] == "R", mode[1:] == "T"), elapsed=lambda: elapsed)
+    found = mail()
+    found.by, found.elapsed = DeliverBy(seconds, mode[0] == "R", mode[1:] == "T"), lambda: elapsed
+    return found
+
+
+def ranked(priority: int, params: Params | None = None) -> Mail:
+    found = mail(params=params)
+    found.priority = priority
+    return found
 
 
 def octets(lines: Sequence[str]) -> bytes:
@@ -626,10 +634,10 @@ def test_limits_are_kept() -> None:
         ([], mail(params={"RET": "HDRS", "ENVID": "q"}), "MAIL FROM:<a@x.example>"),
         (["DSN", "AUTH PLAIN"], mail(params={"AUTH": "<>", "MT-PRIORITY": "3"}), "MAIL FROM:<a@x.example>"),
         # What it asked of our queue is said as it stands now, and a hold that is over to nobody.
-        (["MT-PRIORITY"], replace(mail(params={"MT-PRIORITY": "9"}), priority=0), "MAIL FROM:<a@x.example> MT-PRIORITY=0"),
-        (["MT-PRIORITY MIXER"], replace(mail(), priority=-4), "MAIL FROM:<a@x.example> MT-PRIORITY=-4"),
+        (["MT-PRIORITY"], ranked(0, {"MT-PRIORITY": "9"}), "MAIL FROM:<a@x.example> MT-PRIORITY=0"),
+        (["MT-PRIORITY MIXER"], ranked(-4), "MAIL FROM:<a@x.example> MT-PRIORITY=-4"),
         (["MT-PRIORITY"], mail(), "MAIL FROM:<a@x.example>"),
-        ([], replace(mail(), priority=4), "MAIL FROM:<a@x.example>"),
+        ([], ranked(4), "MAIL FROM:<a@x.example>"),
         (["FUTURERELEASE 9 2030-01-01T00:00:00Z"], mail(params={"HOLDFOR": "5"}), "MAIL FROM:<a@x.example>"),
         (["DELIVERBY"], timed(60, "R", 12.5), "MAIL FROM:<a@x.example> BY=48;R"),
         (["DELIVERBY 48"], timed(60, "RT", 12.0), "MAIL FROM:<a@x.example> BY=48;RT"),

@@ -87,7 +87,7 @@ def test_the_smallest_file_and_its_defaults(tmp_path: Path) -> None:
     assert (config.limits.command_timeout, config.limits.idle_timeout) == (300.0, 300.0)
     assert config.drain.timeout == 30.0
     assert config.spool.path == tmp_path / "spool"
-    assert (config.spool.hold, config.spool.minimum_free) == (0.005, Reserve(share=0.05))
+    assert (config.spool.hold, config.spool.minimum_free) == (0.025, Reserve(share=0.05))
     assert config.retry.delays == [60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0]
     assert config.retry.expire == 432_000.0
     assert isinstance(config.sinks["app"], DiscardConfig)
@@ -639,10 +639,10 @@ def not_yet(way: str) -> str:
         ),
         (
             {"sinks": WEBHOOK + "addresses = 'public'\nclient = 'pyreqwest'"},
-            ['sinks.app.client: cannot judge addresses; write client = "aiohttp" or leave it out beside addresses = "public"'],
+            ['sinks.app.client: cannot judge addresses; leave it out (or write client = "aiohttp") beside addresses = "public"'],
         ),
         ({"sinks": WEBHOOK + "addresses = 'private'"}, ["sinks.app.addresses: must be one of any, public"]),
-        ({"sinks": WEBHOOK + "client = 'x'"}, ["sinks.app.client: must be one of pyreqwest, aiohttp"]),
+        ({"sinks": WEBHOOK + "client = 'x'"}, ["sinks.app.client: must be one of direct, pyreqwest, aiohttp"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_not base64'"}, [f"sinks.app.secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret = 'whsec_'\nprevious_secret = '%'"}, [f"sinks.app.secret: {SIGNING}", f"sinks.app.previous_secret: {SIGNING}"]),
         ({"sinks": WEBHOOK + "secret_file = '/no/secret'"}, ["sinks.app.secret_file: cannot read /no/secret: No such file or directory"]),

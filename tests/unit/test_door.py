@@ -131,7 +131,8 @@ async def test_a_health_check_of_the_proxy_itself(header: bytes) -> None:
     ],
 )
 async def test_no_header_no_greeting(monkeypatch: pytest.MonkeyPatch, octets: bytes, fault: str) -> None:
-    monkeypatch.setattr(module, "PROXY_DEADLINE", 0.1)
+    if fault == "late":  # whoever is not must not be overtaken by the clock
+        monkeypatch.setattr(module, "PROXY_DEADLINE", 0.1)
     async with house() as here:
         here.listener.door = BEHIND
         client = await dial(here, octets)
@@ -148,15 +149,15 @@ async def test_the_deadline_is_not_moved_by_a_drip(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "PROXY_DEADLINE", 0.3)
     async with house() as here:
         here.listener.door = BEHIND
-        client = await here.dial()
         began = time.monotonic()
+        client = await here.dial()
         dripped = 0
         while not here.told.named("shed"):
             client.writer.write(V1[dripped : dripped + 1])
             dripped += 1
             await asyncio.sleep(0.03)
             assert dripped < len(V1) - 1
-        assert time.monotonic() - began >= 0.3
+        assert time.monotonic() - began >= 0.29  # a loop counts in milliseconds
         assert here.told.named("shed")[0]["reason"] == "PROXY header late"
 
 
@@ -312,19 +313,18 @@ async def test_the_delay_follows_the_header() -> None:
         assert await client.rest() == replies.TOO_EARLY.wire
 
 
-def test_how_long_the_delay_is() -> None:
-    class Full:
-        stress = False
-
-    listener = Listener.__new__(Listener)
-    listener.door = Door(speakers=(ip_network("10.0.0.0/8"),), greet_delay=6.0)
-    listener.admission = Full()  # type: ignore[assignment]
-    assert listener.greet_delay(Client("192.0.2.1")) == 6.0
-    assert listener.greet_delay(Client("10.0.0.1")) == 0.0
-    Full.stress = True
-    assert listener.greet_delay(Client("192.0.2.1")) == module.STRESS_GREET_DELAY
-    listener.door = Door(greet_delay=1.0)
-    assert listener.greet_delay(Client("192.0.2.1")) == 1.0
+async def test_how_long_the_delay_is() -> None:
+    async with house(Bounds(connections=1)) as here:
+        listener = here.listener
+        listener.door = Door(speakers=(ip_network("10.0.0.0/8"),), greet_delay=6.0)
+        assert listener.greet_delay(Client("192.0.2.1")) == 6.0
+        assert listener.greet_delay(Client("10.0.0.1")) == 0.0
+        listener.admission.enter("192.0.2.2")
+        assert listener.admission.stress
+        assert listener.greet_delay(Client("192.0.2.1")) == module.STRESS_GREET_DELAY
+        listener.door = Door(greet_delay=1.0)
+        assert listener.greet_delay(Client("192.0.2.1")) == 1.0
+        listener.admission.leave("192.0.2.2")
 
 
 # ---------------------------------------------------------- who speaks for others
@@ -408,7 +408,7 @@ async def test_a_mail_over_a_unix_socket(tmp_path: Path, header: bytes) -> None:
         for client in clients:
             assert await client.rest() == module.SHUTTING_DOWN.wire
             await client.close()
-        await asyncio.wait_for(listener.gone(), 10)
+        await asyncio.wait_for(listener.gone(), 30)
         assert not await asyncio.to_thread(os.path.exists, path)
     finally:
         listener.close()

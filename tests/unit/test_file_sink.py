@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from gateway.sinks import make_sink
 from gateway.sinks.file import STALE, FileSink
 
 from ..deliveries import ID, MAIL, TRACE, Try, carried, mail, recipient
+from ..loops import until
 
 
 @asynccontextmanager
@@ -133,21 +135,26 @@ async def test_a_disk_that_fails_defers_and_leaves_nothing(
 
 async def test_a_disk_that_hangs_defers_in_time_and_a_late_writer_tears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
-    hangs = True
+    hanging, go_on, went_on = threading.Event(), threading.Event(), threading.Event()
 
     def slow(descriptor: int) -> None:
-        if hangs:
-            time.sleep(0.5)
+        if not hanging.is_set():
+            hanging.set()
+            go_on.wait(20)
+            went_on.set()
         real(descriptor)
 
     async with maildir(tmp_path, timeout=0.1) as sink:
         monkeypatch.setattr(os, "fsync", slow)
-        outcome = await carried(sink, mail())
-        assert (outcome.state, outcome.down) == ("deferred", True)
-        hangs = False
-        # The next try finds the first one still writing.
+        while not hanging.is_set():  # what is late before a thread has it is not begun
+            outcome = await carried(sink, mail())
+            assert (outcome.state, outcome.down) == ("deferred", True)
+        # The next try finds the first one still writing. A true disk may need longer than that.
+        sink._timeout = 20.0
         assert (await carried(sink, mail())).state == "delivered"
-        await asyncio.sleep(0.7)
+        go_on.set()
+        await until(went_on.is_set)
+        await asyncio.sleep(0.2)
     (file,) = files(tmp_path)
     assert file.read_bytes() == TRACE + MAIL
 
@@ -174,15 +181,22 @@ async def test_open_says_when_the_folder_cannot_be(tmp_path: Path) -> None:
 async def test_closing_settles_what_is_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
+    hanging, go_on, went_on = threading.Event(), threading.Event(), threading.Event()
+
     def slow(descriptor: int) -> None:
-        time.sleep(0.3)
+        hanging.set()
+        go_on.wait(20)
         real(descriptor)
+        went_on.set()
 
     async with maildir(tmp_path) as sink:
         monkeypatch.setattr(os, "fsync", slow)
         one = Try(mail())
-        sink.start(one)
-        await asyncio.sleep(0.05)
+        sink.start(one.delivery)
+        await until(hanging.is_set)
     (outcome,) = await one.outcomes()
     assert outcome.state == "deferred"
-    await asyncio.sleep(0.4)
+    go_on.set()
+    # Its word, which nobody waits for any more, does no harm.
+    await until(went_on.is_set)
+    await asyncio.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -67,7 +68,7 @@ def passed(told: object) -> socket.socket:
     ours, theirs = socket.socketpair()
     ours.sendall(json.dumps(told).encode() + b"\n")
     os.environ[ENVIRONMENT] = str(theirs.detach())
-    ours.settimeout(10)
+    ours.settimeout(30)
     return ours
 
 
@@ -128,7 +129,8 @@ def test_who_cannot_start_leaves_the_files(tmp_path: Path) -> None:
 async def test_a_socket_that_is_closed_is_a_fault_like_any_other() -> None:
     closed = socket.socket()
     closed.close()
+    gc.collect()  # what others left closes its own
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HandoverError):
         await Handover([("127.0.0.1:25", closed)], [sys.executable, "-c", ""]).make()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

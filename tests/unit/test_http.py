@@ -1,4 +1,4 @@
-"""gateway/net/http.py against real sockets, with both libraries behind it (bad input W2)."""
+"""gateway/net/http.py against real sockets, with each client behind it (bad input W2)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Literal
 
 import pytest
 
-from gateway.net.http import ANSWER_LIMIT, Answer, Body, Headers, HttpClient, HttpFault, http_client, shown
+from gateway.net.http import ANSWER_LIMIT, Answer, Body, Headers, HttpClient, HttpFault, Kind, http_client, shown
 
+from ..loops import until
 from ..receivers import MISBEHAVIOURS, Misbehaviour, misbehaving, never_reads, read_request, receiving
 
-Kind = Literal["pyreqwest", "aiohttp"]
 
-
-@pytest.fixture(params=["pyreqwest", "aiohttp"])
+@pytest.fixture(params=["direct", "pyreqwest", "aiohttp"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
     return found
@@ -34,7 +32,7 @@ async def client(kind: Kind, connections: int = 8) -> AsyncIterator[HttpClient]:
         await http.close()
 
 
-async def post(http: HttpClient, url: str, headers: Headers = (), body: Body = b"body", seconds: float = 5.0) -> Answer:
+async def post(http: HttpClient, url: str, headers: Headers = (), body: Body = b"body", seconds: float = 30.0) -> Answer:
     return await http.post(url, headers, body, asyncio.get_running_loop().time() + seconds)
 
 
@@ -79,6 +77,7 @@ async def test_a_body_can_be_an_iterator_of_either_kind(kind: Kind) -> None:
 async def test_connections_are_kept_and_never_more_than_allowed(kind: Kind) -> None:
     connections: set[asyncio.StreamWriter] = set()
     out = most = 0
+    go_on = asyncio.Event()
 
     async def counts(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal out, most
@@ -87,16 +86,21 @@ async def test_connections_are_kept_and_never_more_than_allowed(kind: Kind) -> N
             await read_request(reader)
             out += 1
             most = max(most, out)
+            await go_on.wait()
             await asyncio.sleep(0.002)
             out -= 1
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
             await writer.drain()
 
     async with misbehaving(counts) as url, client(kind, connections=4) as http:
-        answers = await asyncio.gather(*(post(http, url) for _ in range(100)))
+        answering = asyncio.gather(*(post(http, url) for _ in range(100)))
+        await until(lambda: out == 4)
+        await asyncio.sleep(0.1)  # a fifth would come now
+        go_on.set()
+        answers = await answering
     assert [answer.status for answer in answers] == [200] * 100
     assert most == 4
-    assert len(connections) <= (6 if kind == "pyreqwest" else 100)
+    assert len(connections) <= (100 if kind == "aiohttp" else 6)
 
 
 @pytest.mark.parametrize("behaviour", MISBEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
@@ -106,7 +110,7 @@ async def test_what_is_no_whole_answer_is_a_fault_within_the_deadline(kind: Kind
         with pytest.raises(HttpFault) as fault:
             await post(http, url, seconds=0.6)
         # The bound is ours; the margin is for a busy machine.
-        assert asyncio.get_running_loop().time() - began < 5
+        assert asyncio.get_running_loop().time() - began < 30
         assert fault.value.reason
         assert url not in fault.value.reason
 
@@ -172,6 +176,26 @@ async def test_of_an_endless_answer_a_bounded_part_is_read(kind: Kind) -> None:
         assert (await post(http, url)).status == 500
 
 
+async def test_an_answer_as_long_as_is_read_is_whole(kind: Kind) -> None:
+    answers: list[tuple[int, dict[str, str], bytes]] = [
+        (200, {}, b"x" * size) for size in (ANSWER_LIMIT - 1, ANSWER_LIMIT, ANSWER_LIMIT + 1)
+    ]
+    async with receiving(*answers) as receiver, client(kind) as http:
+        for _, _, body in answers:
+            answer = await post(http, receiver.url)
+            assert (answer.status, answer.body, answer.whole) == (200, body[:ANSWER_LIMIT], len(body) <= ANSWER_LIMIT)
+
+
+async def test_a_closed_client_stays_closed(kind: Kind) -> None:
+    async with receiving() as receiver, client(kind, connections=1) as http:
+        assert (await post(http, receiver.url)).status == 204
+        await http.close()
+        for _ in range(2):
+            with pytest.raises(HttpFault, match="closed"):
+                await post(http, receiver.url)
+    assert len(receiver.requests) == 1
+
+
 async def test_nothing_is_decompressed(kind: Kind) -> None:
     bomb = gzip.compress(b"\0" * 10_000_000)
     async with receiving((200, {"Content-Encoding": "gzip"}, bomb)) as receiver, client(kind) as http:
@@ -183,8 +207,11 @@ async def test_an_answer_to_nothing_does_not_answer_the_next_request(kind: Kind)
     """Keep-alive desync: octets behind an answer must not count as the answer to what comes next."""
     for late in (False, True):
         requests = 0
+        said = asyncio.Event()
 
-        async def desynchronised(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late: bool = late) -> None:
+        async def desynchronised(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late: bool = late, said: asyncio.Event = said
+        ) -> None:
             nonlocal requests
             await read_request(reader)
             requests += 1
@@ -198,12 +225,14 @@ async def test_an_answer_to_nothing_does_not_answer_the_next_request(kind: Kind)
                 await asyncio.sleep(0.05)
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
             await writer.drain()
+            said.set()
             await read_request(reader)
             requests += 1
             await asyncio.sleep(60)
 
         async with misbehaving(desynchronised) as url, client(kind) as http:
             assert (await post(http, url)).status == 200
+            await said.wait()
             await asyncio.sleep(0.2)
             try:
                 second = (await post(http, url, seconds=0.5)).status
@@ -232,5 +261,5 @@ def test_what_is_shown_of_a_url_holds_no_secrets() -> None:
 
 
 def test_the_libraries_are_imported_with_the_first_client() -> None:
-    code = "import sys, gateway.net.http; print([name for name in ('aiohttp', 'pyreqwest') if name in sys.modules])"
+    code = "import sys, gateway.net.http; print([name for name in ('aiohttp', 'pyreqwest', 'httptools') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import uuid
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -13,11 +16,13 @@ from gateway.contracts import Outcome, Question, SpoolError, Verdict
 from gateway.contracts import Stage as CheckStage
 from gateway.intake import OWN_PASSES, new_id
 from gateway.message import INLINE_LIMIT
+from gateway.queue import HOPING
 from gateway.reply import Reply
 from gateway.route import Route
 from gateway.smtp.trace import mark
 
-from .stage import LATER, NEVER, OK, Stage, StagedSink, breathe, patience
+from ..loops import until
+from .stage import DOWN, HELD, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 KNOWN = SpoolError("disk I/O error", known=True)
 UNKNOWN = SpoolError("sync failed", known=False)
@@ -164,22 +169,140 @@ async def test_until_its_mark_is_synced_a_delivery_counts_as_in_flight() -> None
         assert len(sink.seen) == 1
 
 
-@pytest.mark.parametrize("sink_is", ["saturated", "down", "backlogged"])
+@pytest.mark.parametrize("sink_is", ["down", "bound to a rate"])
 async def test_hold_is_nothing_where_the_first_try_cannot_start(sink_is: str) -> None:
     sink = StagedSink("app")
-    async with Stage(sink, concurrency=1) as stage:
+    async with Stage(sink, concurrency=1, rate=1.0 if sink_is == "bound to a rate" else 0.0) as stage:
+        stage.send()
         if sink_is == "down":
-            stage.send()
-            sink.settle(LATER.__class__("deferred", LATER.reply, down=True))
-            stage.spool.commit()
-        else:
-            stage.send()
-        if sink_is == "backlogged":
-            stage.send()
+            sink.settle(DOWN)
             stage.spool.commit()
         before = len(stage.spool.waiting)
         stage.send()
         assert len(stage.spool.waiting) == before + 1, "it joins the next group at once"
+
+
+async def test_a_first_try_waits_for_a_place_that_is_free_in_time() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        for _ in range(3):
+            stage.send()
+        assert (len(sink.out), stage.spool.waiting) == (1, [])
+        for taken in range(3):
+            assert stage.codes == [250] * taken
+            sink.settle(OK)
+        assert stage.codes == [250] * 3
+        assert len(sink.seen) == 3
+        assert stage.spool.rows == {}
+
+
+async def test_a_first_try_that_got_no_place_is_stored_and_tried_later() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        stage.send("first@us.example")
+        stage.send("second@us.example")
+        await patience()
+        await breathe(20)
+        assert stage.codes == [250, 250]
+        assert len(stage.spool.rows) == 2
+        assert len(sink.seen) == 1, "the second waits for its place, now as a row"
+        sink.settle(OK)
+        await breathe(20)
+        (second,) = sink.out
+        assert second.recipients[0].local == "second"
+        sink.settle(OK)
+        await breathe(20)
+        assert stage.spool.rows == {}
+        assert len(sink.seen) == 2
+
+
+async def test_new_mail_and_a_backlog_have_the_places_in_turn() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        for number in range(4):
+            stage.send(f"old{number}@us.example")
+        await patience()
+        await breathe(20)
+        assert len(stage.spool.rows) == 4
+        before = len(stage.codes)
+        for number in range(4):
+            stage.send(f"new{number}@us.example")
+        for _ in range(8):
+            await breathe(20)
+            sink.settle(OK)
+        await breathe(20)
+        assert stage.spool.rows == {}
+        assert len(stage.codes) == before + 4
+        order = [delivery.recipients[0].local[:3] for delivery in sink.seen]
+        assert sorted(order) == ["new"] * 4 + ["old"] * 4, "each once"
+        assert order[1:7].count("old") == 3, order
+
+
+async def test_nobody_waits_for_a_place_at_a_sink_that_went_down() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        stage.send()
+        sink.settle(DOWN)
+        assert len(sink.seen) == 1
+        await patience()
+        await breathe(20)
+        assert stage.codes == [250, 250]
+        assert len(sink.seen) == 1
+        assert len(stage.spool.rows) == 2
+
+
+async def test_who_waits_for_a_place_when_the_queue_closes_is_stored() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        stage.send()
+        closing = asyncio.create_task(stage.queue.close(1.0))
+        await breathe(20)
+        assert stage.codes == [250]
+        sink.settle(OK)
+        await closing
+        assert stage.codes == [250, 250]
+        ((_message, row),) = stage.spool.rows.values()
+        assert (row.attempts, row.note) == (0, ""), "it was never out"
+        assert row.due <= stage.clock(), "whoever starts next tries it at once"
+
+
+async def test_who_waits_for_places_at_sinks_that_are_removed_is_stored_for_them() -> None:
+    sinks = StagedSink("app"), StagedSink("other")
+    async with Stage(*sinks, concurrency=1) as stage:
+        stage.spool.by_itself = True
+        stage.send()
+        stage.send()
+        without: dict[str, Any] = {"retry": (60.0,), "expire": 3600.0, "hold": HELD, "bounces": None, "hostname": "mx.example.net"}
+        stage.queue.go_by({}, {}, **without)
+        await breathe(20)
+        assert stage.codes == [250]
+        assert [(row.attempts, row.note) for _message, row in stage.spool.rows.values()] == [(0, "")] * 2
+        stage.queue.go_by(dict(stage.sinks), stage.lanes, **without)
+        for sink in sinks:
+            sink.settle(OK)
+        await breathe(20)
+        for sink in sinks:
+            sink.settle(OK)
+            assert (len(sink.seen), sink.out) == (2, [])
+        await breathe(20)
+        assert stage.codes == [250, 250]
+        assert stage.spool.rows == {}
+
+
+async def test_so_many_wait_for_a_place_and_no_more() -> None:
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=1) as stage:
+        for _ in range(1 + HOPING):
+            stage.send()
+        assert stage.spool.waiting == []
+        stage.send()
+        assert len(stage.spool.waiting) == 1
 
 
 async def test_hold_is_nothing_where_the_sink_is_usually_slower() -> None:
@@ -373,7 +496,7 @@ async def test_lmtp_out_of_time_who_has_a_word_hears_it() -> None:
         ]
         stage.send("b@us.example", "c@us.example", "d@us.example", route=routes, lmtp=True)
         app.settle(OK, NEVER)
-        await asyncio.sleep(0.1)
+        await until(lambda: stage.codes)
         assert stage.codes == [[250, 451, 550]]
         slow.settle(LATER)
         await breathe()
@@ -388,7 +511,7 @@ async def test_lmtp_out_of_time_what_is_promised_is_kept() -> None:
         routes = [delivered("app", timeout=0.05), delivered("slow", timeout=0.05), delivered("app", "slow", timeout=0.05)]
         stage.send("b@us.example", "c@us.example", "d@us.example", route=routes, lmtp=True)
         app.settle(NEVER, OK)
-        await asyncio.sleep(0.1)
+        await until(lambda: stage.spool.waiting)
         stage.spool.commit()
         assert stage.codes == [[550, 250, 250]]
         [(_message, pending)] = stage.spool.rows.values()
@@ -400,7 +523,7 @@ async def test_lmtp_a_stray_large_content_goes_when_its_try_is_over() -> None:
     async with Stage(slow) as stage:
         route = delivered("slow", fallback="refuse", timeout=0.05)
         stage.send("b@us.example", content=b"x" * (INLINE_LIMIT + 1), route=route, lmtp=True)
-        await asyncio.sleep(0.1)
+        await until(lambda: stage.codes)
         assert stage.codes == [[451]]
         (file,) = stage.spool.files.values()
         assert not file.gone, "the try that is out reads it"
@@ -504,12 +627,28 @@ async def test_reading_stops_while_the_disk_is_behind() -> None:
         draft = stage.intake.begin(stage.transaction(), lambda: drained.append(True))
         while not draft.full:
             draft.write(b"x" * 65536)
+        assert not drained
         await breathe()
-        assert drained == [True]
+        assert drained
         assert not draft.full
         draft.abort()
         [file] = stage.spool.files.values()
         assert file.gone
+
+
+async def test_reading_goes_on_where_another_mail_made_the_room() -> None:
+    """Both stop for the budget of all; when the first is written the second fits, and nobody else tells it."""
+    drained: list[str] = []
+    async with Stage(StagedSink("app", OK), memory=300_000) as stage:
+        drafts = {name: stage.intake.begin(stage.transaction(), partial(drained.append, name)) for name in ("first", "second")}
+        for draft in drafts.values():
+            draft.write(b"x" * 280_000)
+        assert all(draft.full for draft in drafts.values())
+        await breathe()
+        assert not any(draft.full for draft in drafts.values())
+        assert set(drained) == {"first", "second"}
+        for draft in drafts.values():
+            draft.abort()
 
 
 async def test_over_the_memory_budget_small_content_goes_to_files_too() -> None:
@@ -611,3 +750,21 @@ def test_ids_are_version_7_unique_and_in_order_of_time() -> None:
     assert len(set(ids)) == 2000
     assert ids == sorted(ids)
     assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", id) for id in ids)
+
+
+# -------------------------------------------------------------------------- ids
+
+
+def test_an_id_is_a_uuid_of_its_time_and_never_the_same() -> None:
+    """RFC 9562 §5.7: 48 bits of milliseconds, version 7, variant 10, and the rest is chance."""
+    made = [new_id(1_700_000_000.123) for _ in range(2000)]
+    known = [uuid.UUID(id) for id in made]
+    assert [str(each) for each in known] == made
+    assert {each.version for each in known} == {7}
+    assert {each.variant for each in known} == {uuid.RFC_4122}
+    assert {each.int >> 80 for each in known} == {1_700_000_000_123}
+    assert len(set(made)) == len(made)
+    chance = [(each.int >> 64 & 0xFFF) << 62 | each.int & (1 << 62) - 1 for each in known]
+    for bit in range(74):  # each falls either way about as often: 2,000 throws, ten standard deviations
+        assert 776 < sum(number >> bit & 1 for number in chance) < 1224
+    assert new_id(1.0) < new_id(1.5) < new_id(2.0**37)

@@ -5,16 +5,20 @@ Rows F, C, B and O1 name the table of bad input that ``docs`` and the transcript
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import random
 import resource
 import sys
 import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
 
-from gateway._parser import FLOOD_LIMIT, LINE_LIMIT, Command, Receiver, ReplyReceiver, parse_address, stuff
+from gateway._parser import FLOOD_LIMIT, LINE_LIMIT, Command, ReadBuffer, Receiver, ReplyReceiver, crc32, parse_address, stuff
 from tests import reference
+from tests.fuzz.receiver import poured
 
 
 def one(line: bytes) -> Command:
@@ -286,6 +290,140 @@ def test_a_read_with_dots_is_one_object() -> None:
     assert receiver.content() is None
 
 
+# --- reads into a buffer ----------------------------------------------------------------------------
+
+CLEAN = b"Subject: x\r\n\r\n" + b"a line of clean text\r\n" * 4000
+
+
+def where(octets: bytes | ReadBuffer) -> int:
+    """The address of the first octet."""
+    if isinstance(octets, bytes):
+        return id(octets) + bytes.__basicsize__ - 1
+    return ctypes.addressof(ctypes.c_char.from_buffer(octets.get_buffer(-1)))
+
+
+@pytest.mark.parametrize("behind", [b"", b".\r\n", b".\r\nNOOP\r\n"])
+def test_much_content_takes_the_memory_that_was_read_into(behind: bytes) -> None:
+    receiver, buffer = Receiver(), ReadBuffer()
+    receiver.begin()
+    place = where(buffer)
+    receiver.feed(poured(CLEAN + behind, buffer))
+    piece = receiver.content()
+    assert piece is not None
+    assert where(piece) == place
+    assert sys.getsizeof(piece) == sys.getsizeof(CLEAN)
+    assert receiver.finished is bool(behind)
+    assert receiver.pending == len(behind[3:])
+    other = poured(b"x" * len(CLEAN), buffer)
+    assert piece == CLEAN
+    assert where(other) != place
+    if behind[3:]:
+        command = receiver.command()
+        assert command is not None
+        assert command.verb == "NOOP"
+
+
+@pytest.mark.parametrize(
+    "octets", [b"NOOP\r\n", b"short content\r\n.\r\n", b".\r\n", b"..stuffed\r\n" * 4000 + b".\r\n", b"bare\rCR" * 5000]
+)
+def test_what_does_not_take_it_gives_it_back(octets: bytes) -> None:
+    receiver, buffer = Receiver(), ReadBuffer()
+    receiver.begin()
+    place = where(buffer)
+    receiver.feed(poured(octets, buffer))
+    if octets == b"NOOP\r\n":
+        receiver.command()
+    else:
+        receiver.content()
+    assert receiver.pending == 0
+    assert where(buffer) == place
+
+
+@pytest.mark.parametrize("lent", [CLEAN, b"MAIL FROM:<a@me.example>\r\nRCPT", b"DATA\r\n" + CLEAN])
+def test_a_read_that_waits_leaves_the_buffer_to_the_next(lent: bytes) -> None:
+    """A client that is not read on holds what it sent, not the whole buffer; and nobody reads into that."""
+    waiting, buffer = Receiver(), ReadBuffer()
+    place = where(buffer)
+    waiting.feed(poured(lent, buffer))
+    assert waiting.pending == len(lent)
+    assert where(buffer) == place
+    another = Receiver()
+    another.feed(poured(b"NOOP\r\n" * 2000, buffer))
+    while (command := another.command()) is not None:
+        assert command.verb == "NOOP"
+    waiting.begin()
+    read = waiting.chunk(len(lent))
+    assert read == lent
+    waiting.feed(poured(b"y" * 40_000, buffer))
+    assert waiting.pending == 40_000
+    waiting.discard()
+    assert waiting.pending == 0
+    assert where(buffer) == place
+
+
+def test_a_line_goes_on_from_one_read_to_the_next() -> None:
+    receiver, buffer = Receiver(), ReadBuffer()
+    said = []
+    for octets in (b"QUIT\r\nNO", b"OP someth", b"ing\r\nRS"):
+        receiver.feed(poured(octets, buffer))
+        while (command := receiver.command()) is not None:
+            said.append((command.verb, command.argument))
+    assert said == [("QUIT", ""), ("NOOP", "something")]
+    receiver.feed(b"ET\r\n")
+    command = receiver.command()
+    assert command is not None
+    assert command.verb == "RSET"
+
+
+def test_whoever_goes_with_a_read_takes_nothing_of_the_buffer() -> None:
+    """Neither keeps the other: both go, in either order."""
+    buffer = ReadBuffer()
+    for _ in range(3):
+        Receiver().feed(poured(b"NOOP", buffer))
+        gone = Receiver()
+        gone.feed(poured(b"QUIT\r\n", buffer))
+        del gone
+    receiver = Receiver()
+    receiver.feed(poured(b"NOOP\r\n", buffer))
+    before = sys.getrefcount(receiver)
+    del buffer
+    assert sys.getrefcount(receiver) == before == 2
+    command = receiver.command()
+    assert command is not None
+    assert command.verb == "NOOP"
+
+
+def test_a_buffer_says_what_it_has() -> None:
+    buffer = ReadBuffer(100, 1)
+    assert len(buffer) == 0
+    assert buffer.head() == b""
+    assert buffer.get_buffer(-1) is buffer
+    with pytest.raises(ValueError, match="1 octets were not read into this"):
+        buffer.filled(1)
+    assert len(memoryview(buffer.get_buffer(-1))) == 100
+    poured(b"x" * 99, buffer)
+    assert len(buffer) == 99
+    assert buffer.head() == b"x" * 64
+    for wrong in (-1, 101):
+        with pytest.raises(ValueError, match="were not read into this"):
+            buffer.filled(wrong)
+    receiver = Receiver()
+    receiver.feed(buffer)
+    assert len(buffer) == 0
+    assert receiver.pending == 99
+    receiver.feed(buffer)
+    assert receiver.pending == 99
+    receiver.discard()
+    # The octets are back, and nothing was read into them since.
+    with pytest.raises(ValueError, match="1 octets were not read into this"):
+        buffer.filled(1)
+    for size, taken in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="a buffer of"):
+            ReadBuffer(size, taken)
+    with pytest.raises(TypeError, match="str is neither bytes nor a ReadBuffer"):
+        receiver.feed("text")  # type: ignore[arg-type]
+
+
 # --- counters -------------------------------------------------------------------------------------
 
 
@@ -330,6 +468,42 @@ def test_header_counters() -> None:
         receiver = Receiver()
         read_content(receiver, *reads)
         assert (receiver.header_size, receiver.header_fields, receiver.hops) == (len(header), 4, 2)
+
+
+@pytest.mark.parametrize("octets", [b"Received: a\r\nSubject: x\r\n\r\nbody\xff\r\n", b"a\nb\r\n", b"a\0b\r\n", b"unfinished", b""])
+def test_all_facts_at_once_are_those_that_are_told_singly(octets: bytes) -> None:
+    receiver = Receiver()
+    for reads in cuttings(octets):
+        receiver = Receiver()
+        read_content(receiver, *reads)
+        fault, size, longest, eight_bit, header_size, header_fields, hops = receiver.facts()
+        assert (fault, size, longest, eight_bit) == (receiver.content_fault, receiver.size, receiver.longest, receiver.eight_bit)
+        assert (header_size, header_fields, hops) == (receiver.header_size, receiver.header_fields, receiver.hops)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "MAIL FROM:<a@b.Example> SIZE=3",
+        "MAIL FROM:<>",
+        'RCPT TO:<@x.example:"a b"@[192.0.2.1]> NOTIFY=NEVER',
+        "RCPT TO:<postMaster>",
+        "RCPT TO:<ä@Öbb.example>",
+        "RCPT TO:<a@b",
+        "NOOP a@b",
+    ],
+)
+def test_a_path_at_once_is_what_is_told_singly(line: str) -> None:
+    def command() -> Command:
+        receiver = Receiver()
+        receiver.feed(line.encode() + b"\r\n")
+        found = receiver.command()
+        assert found is not None
+        return found
+
+    once, singly = command(), command()
+    assert once.path() == (singly.address, singly.local, singly.domain, singly.params, singly.ascii)
+    assert once.params is once.path()[3]
 
 
 def test_header_counters_see_what_was_unstuffed() -> None:
@@ -951,6 +1125,18 @@ def test_what_is_no_reply(octets: bytes, fault: str) -> None:
         assert receiver.pending == 0
 
 
+def test_a_reply_that_fills_its_limit_and_goes_on_is_long() -> None:
+    """At once: what would come next cannot be part of it, however it is cut into reads."""
+    octets = b"250-a\r\n" * 4 + b"250-\r\n" * 2
+    for reads in cuttings(octets):
+        receiver = ReplyReceiver(16, len(octets))
+        for read in reads:
+            assert receiver.fault is None
+            receiver.feed(read)
+            assert receiver.reply() is None
+        assert receiver.fault == "long"
+
+
 def test_a_good_reply_before_a_bad_one_is_told() -> None:
     receiver = ReplyReceiver()
     receiver.feed(b"250 ok\r\n250 bad\n")
@@ -1001,3 +1187,24 @@ def test_auth_lines_may_be_longer() -> None:
     for wrong in (-1, FLOOD_LIMIT + 1):
         with pytest.raises(ValueError, match="auth_limit"):
             Receiver(auth_limit=wrong)
+
+
+def test_the_checksum_is_that_of_zlib_for_every_length_place_and_beginning() -> None:
+    chance = random.Random(3720)
+    octets = chance.randbytes(2**20 + 64)
+    sizes = [*range(600), 1023, 1024, 1025, 102_400, 2**18 - 1, 2**18, 2**18 + 1, 2**20 + 5]
+    for number, size in enumerate(sizes):
+        at = number % 33
+        piece = octets[at : at + size]
+        begun = chance.getrandbits(32)
+        assert crc32(piece) == zlib.crc32(piece), size
+        assert crc32(piece, begun) == zlib.crc32(piece, begun), size
+    for same in (b"\0", b"\xff"):
+        assert crc32(same * 5000) == zlib.crc32(same * 5000)
+    whole = 0
+    for at in range(0, len(octets), 7777):
+        whole = crc32(octets[at : at + 7777], whole)
+    assert whole == zlib.crc32(octets)
+    for wrong in ("text", None, 7):
+        with pytest.raises(TypeError):
+            crc32(wrong)  # type: ignore[arg-type]  # a damaged column may hold any of these

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from gateway.contracts import Delivery, Outcome, Pending, SpoolError
+from gateway.message import Message
 from gateway.queue import CATCH_UP, EXPIRED, PROBE_LAST, LaneSettings
 from gateway.reply import Reply
 from gateway.route import Route
 
 from ..loops import until
-from .stage import DOWN, HELD, LATER, NEVER, OK, Stage, StagedSink, breathe
+from .stage import DOWN, HELD, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 
 async def stored(stage: Stage, *recipients: str, **more: Any) -> None:
@@ -68,8 +69,7 @@ async def test_the_timer_alone_brings_the_next_try() -> None:
     async with Stage(sink, retry=(0.05,)) as stage:
         stage.spool.by_itself = True
         await stored(stage)
-        await asyncio.sleep(0.3)
-        assert len(sink.seen) >= 3
+        await until(lambda: len(sink.seen) >= 3)
 
 
 async def test_retry_after_is_honoured_and_capped_at_a_day() -> None:
@@ -170,7 +170,8 @@ async def test_a_sink_that_is_down_is_probed_by_one_and_its_return_frees_all() -
         await breathe(20)
         assert sink.out == [], "new mail goes straight to the spool"
         assert stage.codes == [250] * 6
-        await asyncio.sleep(1.3)
+        await until(lambda: sink.out)
+        await breathe(30)
         assert len(sink.out) == 1, "one probe at a time"
         sink.settle(OK)
         await breathe(30)
@@ -198,6 +199,44 @@ async def test_probes_back_off_and_honour_retry_after() -> None:
             sink.settle(DOWN)
             await breathe(20)
         assert lane.next_probe - asyncio.get_running_loop().time() <= PROBE_LAST * 1.1
+
+
+async def test_tries_that_were_being_loaded_when_the_sink_went_down_are_no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They start after it was known to be down, and fail: seven of them once put the first probe off by a minute."""
+    sink = StagedSink("app")
+    async with Stage(sink, concurrency=8) as stage:
+        stage.spool.by_itself = True
+        for _ in range(30):
+            stage.send()
+        await patience()
+        await breathe(30)
+        load, loads = stage.spool.load, 0
+        read = asyncio.Event()
+
+        async def slowly(pending: Pending) -> Message | None:
+            nonlocal loads
+            loads += 1
+            if loads > 1:
+                await read.wait()
+            return await load(pending)
+
+        monkeypatch.setattr(stage.spool, "load", slowly)
+        for _ in range(8):
+            sink.settle(LATER)
+        await breathe(30)
+        assert len(sink.out) == 1
+        sink.settle(DOWN)
+        assert stage.queue.health() == {"app": "down"}
+        lane = stage.queue._lanes["app"]
+        probe = lane.next_probe
+        await asyncio.sleep(0.002)
+        read.set()
+        await breathe(30)
+        assert len(sink.out) == 7
+        while sink.out:
+            sink.settle(DOWN)
+        assert lane.next_probe == probe
+        assert lane.timer is not None
 
 
 async def test_one_message_a_healthy_sink_chokes_on_does_not_stop_the_others() -> None:
@@ -262,7 +301,8 @@ async def test_a_sink_that_goes_down_during_a_backlog_is_probed() -> None:
             sink.settle(DOWN)
         await breathe(30)
         assert stage.queue.health() == {"app": "down"}
-        await asyncio.sleep(1.3)
+        await until(lambda: sink.out)
+        await breathe(30)
         assert len(sink.out) == 1
         sink.settle(OK)
         await breathe(30)
@@ -325,6 +365,7 @@ async def test_what_is_held_by_hand_is_not_sent_from_what_was_read_ahead() -> No
         stage.spool.by_itself = True
         for _ in range(10):
             stage.send()
+        await patience()
         await breathe(30)
         sink.settle(OK)
         await breathe(30)
@@ -376,6 +417,7 @@ async def test_concurrency_is_never_exceeded_and_a_backlog_goes_in_order() -> No
         stage.spool.by_itself = True
         for number in range(200):
             stage.send(f"{number}@us.example")
+        await patience()
         await breathe(20)
         most, order = 0, []
         while sink.out:
@@ -479,7 +521,7 @@ async def test_priority_goes_first() -> None:
     async with Stage(sink, concurrency=1) as stage:
         for number in range(4):
             stage.send(f"{number}@us.example")
-        await breathe()
+        await patience()
         stage.spool.commit()
         for _message, pending in stage.spool.rows.values():
             if _message.envelope.recipients[0].local == "3":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import uvloop
@@ -11,6 +12,7 @@ import uvloop
 from gateway.contracts import Pending
 from gateway.route import Route
 
+from ..loops import until
 from .stage import DOWN, LATER, NEVER, OK, Stage, StagedSink, breathe, patience
 
 
@@ -78,11 +80,8 @@ def test_a_timer_that_fires_early_does_not_silence_the_lane() -> None:
             await breathe()
             if stage.spool.waiting:
                 stage.spool.commit()
-            seen = 0
-            for _ in range(20):
-                await asyncio.sleep(0.15)
-                assert len(sink.seen) > seen, "nothing is tried any more"
-                seen = len(sink.seen)
+            for wanted in range(100, 3001, 100):
+                await until(partial(lambda wanted: len(sink.seen) >= wanted, wanted))
         return sink.seen
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

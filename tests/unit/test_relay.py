@@ -20,6 +20,7 @@ import uvloop
 from gateway.config import LmtpConfig, RelayConfig
 from gateway.contracts import Delivery, Outcome
 from gateway.message import INLINE_LIMIT, Client, Content, Envelope, Message, Params, Recipient
+from gateway.net import direct, secure
 from gateway.sinks import relay
 from gateway.sinks.relay import Host, LmtpSink, RelaySink
 
@@ -93,7 +94,7 @@ def begin(sink: RelaySink, sent: Message) -> asyncio.Future[Sequence[Outcome]]:
     return done
 
 
-async def carry(sink: RelaySink, sent: Message | None = None, patience: float = 10.0) -> Sequence[Outcome]:
+async def carry(sink: RelaySink, sent: Message | None = None, patience: float = 40.0) -> Sequence[Outcome]:
     return await asyncio.wait_for(begin(sink, sent or message()), patience)
 
 
@@ -104,7 +105,7 @@ def states(outcomes: Sequence[Outcome]) -> list[str]:
 @asynccontextmanager
 async def to(*hosts: str, lmtp: bool = False, **settings: Any) -> AsyncIterator[RelaySink]:
     """A sink toward these hosts that must leave nothing behind."""
-    settings = {"tls": "off", "timeout": 5.0, **settings}
+    settings = {"tls": "off", "timeout": 20.0, **settings}
     sink: RelaySink
     if lmtp:
         sink = LmtpSink("out", LmtpConfig(hosts=list(hosts), **settings), "gw.example")
@@ -188,7 +189,7 @@ async def test_the_next_delivery_takes_the_connection_that_is_just_free(upstream
             sink.start(Delivery(sent.id, sent, sent.envelope.recipients, "out", 1, settled))
 
         start()
-        await asyncio.wait_for(done, 10)
+        await asyncio.wait_for(done, 60)
     assert upstream.connections == 1
 
 
@@ -232,7 +233,7 @@ async def test_what_the_upstream_cannot_carry_fails_without_nesting() -> None:
                 sink.start(Delivery(sent.id, sent, sent.envelope.recipients, "out", 1, settled))
 
             start()
-            await asyncio.wait_for(done, 10)
+            await asyncio.wait_for(done, 60)
         assert not poor.taken
 
 
@@ -300,7 +301,7 @@ async def test_recipients_that_are_left_go_on_over_a_new_connection() -> None:
 
 @on_both_loops
 async def test_an_idle_connection_says_goodbye() -> None:
-    async with Rogue(good) as server, to(server.address, timeout=0.2, idle=0.05) as sink:
+    async with Rogue(good) as server, to(server.address, idle=0.05) as sink:
         await carry(sink)
         await until(lambda: not sink._connections)
         await until(lambda: server.heard("QUIT") == 1)
@@ -319,7 +320,7 @@ async def test_a_host_that_refuses_connections_is_asked_last(upstream: Upstream)
         host = sink._hosts[0]
         assert host.until > sink.now()
         # Under load every further connection goes to the one that works, without trying the other.
-        until = host.until
+        until = host.until = sink.now() + 1000.0
         await asyncio.gather(*(carry(sink) for _ in range(5)))
         assert host.until == until
 
@@ -365,7 +366,7 @@ async def test_a_host_that_hangs_leaves_time_for_the_other(upstream: Upstream) -
     async def hangs(peer: Peer) -> None:
         await peer.silence()
 
-    async with Rogue(hangs) as server, to(server.address, upstream.address, timeout=1.0) as sink:
+    async with Rogue(hangs) as server, to(server.address, upstream.address, timeout=6.0) as sink:
         assert states(await carry(sink)) == ["delivered"]
 
 
@@ -443,8 +444,7 @@ async def test_an_upstream_that_closes_after_each_mail() -> None:
 
 
 @on_both_loops
-async def test_after_a_rest_no_content_leaves_before_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "RESTED", 0.0)
+async def test_after_a_rest_no_content_leaves_before_a_reply() -> None:
     second: list[str] = []
 
     async def ends_at_the_second(peer: Peer) -> None:
@@ -459,6 +459,7 @@ async def test_after_a_rest_no_content_leaves_before_a_reply(monkeypatch: pytest
         peer.reset()
 
     async with Rogue(ends_at_the_second, good) as server, to(server.address) as sink:
+        sink.rested = 0.0
         assert states(await carry(sink)) == ["delivered"]
         await asyncio.sleep(0.01)
         assert states(await carry(sink)) == ["delivered"]
@@ -530,7 +531,7 @@ async def test_content_in_a_file_arrives_as_it_is(large: Path, offers: list[str]
 
 @on_both_loops
 async def test_an_upstream_that_reads_slowly_holds_the_file_back(large: Path) -> None:
-    go_on = asyncio.Event()
+    reads_no_more, go_on = asyncio.Event(), asyncio.Event()
     taken: list[bytes] = []
 
     async def slow(peer: Peer) -> None:
@@ -541,6 +542,7 @@ async def test_an_upstream_that_reads_slowly_holds_the_file_back(large: Path) ->
         await peer.hear("DATA")
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await peer.say("250 ok", "250 ok", "354 go")
+        reads_no_more.set()
         await go_on.wait()
         peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
         taken.append(await peer.dotted())
@@ -551,6 +553,7 @@ async def test_an_upstream_that_reads_slowly_holds_the_file_back(large: Path) ->
     huge.write_bytes((b"y" * 78 + b"\r\n") * 400_000)
     async with Rogue(slow) as server, to(server.address) as sink:
         done = begin(sink, message(content=huge))
+        await asyncio.wait_for(reads_no_more.wait(), 30)
         await asyncio.sleep(0.3)
         (connection,) = sink._connections
         assert connection.left > huge.stat().st_size / 2
@@ -558,7 +561,7 @@ async def test_an_upstream_that_reads_slowly_holds_the_file_back(large: Path) ->
         assert connection.transport.get_write_buffer_size() < 4 * INLINE_LIMIT
         go_on.set()
         server.peers[0].reader._limit = 2**26  # type: ignore[attr-defined]
-        assert states(await asyncio.wait_for(done, 20)) == ["delivered"]
+        assert states(await asyncio.wait_for(done, 60)) == ["delivered"]
     assert taken[0].endswith(b"y\r\n")
     assert len(taken[0]) == huge.stat().st_size + len(message().trace)
 
@@ -603,7 +606,7 @@ async def test_content_that_is_refused_on_its_way(large: Path) -> None:
 
 @pytest.mark.parametrize("talk", [goodbye_as_greeting, resets_at_once, is_a_web_server, bare_lf_at_once], ids=lambda talk: talk.__name__)
 @on_both_loops
-async def test_a_connection_that_ends_before_the_mail_reaches_it(talk: Talk, monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> None:
+async def test_a_connection_that_ends_before_the_mail_reaches_it(talk: Talk, upstream: Upstream) -> None:
     """Between the connection and the task that waited for it there are turns of the loop, in which all may be over."""
     opened = relay._open
 
@@ -611,13 +614,14 @@ async def test_a_connection_that_ends_before_the_mail_reaches_it(talk: Talk, mon
         await opened(connection)
         await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(relay, "_open", late)
     async with Rogue(talk) as server:
         async with to(server.address) as sink:
+            sink.reach = late
             (outcome,) = await carry(sink)
             assert outcome.state == "deferred"
             assert outcome.remote == server.address
         async with to(server.address, upstream.address) as sink:
+            sink.reach = late
             sink._hosts.sort(key=lambda host: host.label != server.address)
             assert states(await carry(sink)) == ["delivered"]
     assert len(upstream.taken) == 1
@@ -628,7 +632,7 @@ async def test_a_connection_that_ends_before_the_mail_reaches_it(talk: Talk, mon
 async def test_an_upstream_that_misbehaves_defers_in_bounded_time(talk: Talk) -> None:
     tls = "required" if talk in (injects_behind_starttls, talks_on_instead_of_a_handshake, never_shakes_hands) else "off"
     async with Rogue(talk) as server, to(server.address, tls=tls, timeout=0.3) as sink:
-        outcomes = await asyncio.gather(*(carry(sink, patience=3.0) for _ in range(3)))
+        outcomes = await asyncio.gather(*(carry(sink, patience=30.0) for _ in range(3)))
         for (outcome,) in outcomes:
             assert outcome.state == "deferred"
             assert outcome.reply.temporary
@@ -674,6 +678,7 @@ async def test_closing_defers_what_is_out_and_says_goodbye_to_what_is_not() -> N
     async with Rogue(good) as server, to(server.address) as sink:
         await carry(sink)
         await sink.close()
+        await until(lambda: server.heard("QUIT"))
         assert server.heard("QUIT") == 1
         assert states(await carry(sink)) == ["deferred"]
     async with Rogue(silent_after_the_envelope) as server, to(server.address) as sink:
@@ -703,12 +708,12 @@ async def test_closing_does_not_wait_for_an_upstream_that_reads_nothing(large: P
 
 
 @on_both_loops
-async def test_closing_while_a_connection_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_while_a_connection_is_on_its_way() -> None:
     async def never(connection: relay.Connection) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(relay, "_open", never)
     async with to("127.0.0.1:25") as sink:
+        sink.reach = never
         done = begin(sink, message())
         await asyncio.sleep(0.01)
         await sink.close()
@@ -716,38 +721,39 @@ async def test_closing_while_a_connection_is_on_its_way(monkeypatch: pytest.Monk
 
 
 @on_both_loops
-async def test_a_fault_of_ours_is_told_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_of_ours_is_told_and_loses_nothing() -> None:
     async def broken(connection: relay.Connection) -> None:
         raise RuntimeError("ours")
 
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
-    monkeypatch.setattr(relay, "_open", broken)
     async with to("127.0.0.1:25") as sink:
+        sink.reach = broken
         (outcome,) = await carry(sink)
         assert (outcome.state, str(outcome.reply)) == ("deferred", "451 4.3.0 internal fault in the sink")
     assert [str(context["exception"]) for context in told] == ["ours"]
 
 
 @on_both_loops
-async def test_what_is_still_in_the_buffer_of_a_closed_connection_is_dropped_in_time(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_still_in_the_buffer_of_a_closed_connection_is_dropped_in_time(large: Path) -> None:
     async def refuses_and_reads_no_more(peer: Peer) -> None:
         await peer.hello("PIPELINING")
         await peer.envelope()
         await peer.hear("DATA")
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await peer.say("354 go")
-        await asyncio.sleep(0.1)
+        await until(lambda: any(each.transport is not None and each.transport.get_write_buffer_size() for each in sink._connections))
         await peer.say("552 5.3.4 too much")
         await asyncio.sleep(60)
 
     huge = large.with_name("huge")
     huge.write_bytes(b"x" * 78 + b"\r\n" + b"".join([b"y" * 78 + b"\r\n"] * 200_000))
-    monkeypatch.setattr(relay, "LINGER", 0.1)
     async with Rogue(refuses_and_reads_no_more) as server:
-        async with to(server.address, timeout=2.0) as sink:
+        async with to(server.address, timeout=10.0) as sink:
+            sink.linger = 3600.0
             assert states(await carry(sink, message(content=huge))) == ["failed"]
             assert sink._connections
+            sink.linger = 0.1
             await until(lambda: not sink._connections)
         for task in server.tasks:
             task.cancel()
@@ -856,13 +862,13 @@ async def test_a_password_goes_to_this_machine_in_the_clear() -> None:
 
 
 @on_both_loops
-async def test_a_password_goes_nowhere_else_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_password_goes_nowhere_else_in_the_clear() -> None:
     async def login(peer: Peer) -> None:
         await peer.hello("AUTH PLAIN", "PIPELINING", "CHUNKING")
         await takes(peer)
 
-    monkeypatch.setattr(Host, "local", False)
     async with Rogue(login) as server, to(server.address, username="user", password="pass") as sink:
+        sink._hosts[0].local = False
         (outcome,) = await carry(sink)
         assert (outcome.state, outcome.down) == ("deferred", True)
         assert "password is not sent" in outcome.reply.text
@@ -881,3 +887,23 @@ async def test_a_wrong_password_bounces_nothing() -> None:
         (outcome,) = await carry(sink)
         assert (outcome.state, outcome.down) == ("deferred", True)
         assert str(outcome.reply) == "451 4.3.0 AUTH was answered with 535 5.7.8 wrong"
+
+
+def nameless() -> ssl.SSLError:
+    """An alert of the other side, within the handshake, that Python has no name for."""
+    incoming = ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(incoming, ssl.MemoryBIO(), server_hostname="mx.example")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    incoming.write(b"\x15\x03\x03\0\2\2\0")
+    with pytest.raises(ssl.SSLError) as told:
+        tls.do_handshake()
+    return told.value
+
+
+def test_an_alert_without_a_name_has_words_all_the_same() -> None:
+    error = nameless()
+    assert error.reason is None
+    assert relay._reason(error) == "protocol error"
+    assert direct.reason(error) == "TLS: protocol error"
+    assert secure._told(error)

@@ -84,7 +84,7 @@ async def test_a_mail_under_way_on_a_listener_that_goes(tmp_path: Path) -> None:
     """After the end of its data it gets its answer, before it 421."""
     listeners = [{"address": "127.0.0.1:0"}, {"address": "127.0.0.1:0"}]
     async with receiving() as receiver:
-        receiver.delay = 0.5
+        receiver.gate.clear()
         routes = [{"recipients": ["*@here.example"], "sink": "hook", "acknowledge": "delivered"}]
         config = {"sinks": hook(receiver.url), "routes": routes}
         async with running(file(tmp_path, listeners=listeners, **config)) as (gateway, _):
@@ -98,6 +98,7 @@ async def test_a_mail_under_way_on_a_listener_that_goes(tmp_path: Path) -> None:
             await gateway.reload(file(tmp_path, listeners=listeners[:1], **config))
             assert (await asyncio.to_thread(half.getreply))[0] == 421
             half.close()
+            receiver.gate.set()
             assert (await whole)[0] == 250
             await until(lambda: not gateway._leaving)
 
@@ -133,13 +134,14 @@ async def test_nothing_changes_where_anything_cannot(tmp_path: Path) -> None:
 async def test_a_sink_that_changes_with_deliveries_out(tmp_path: Path) -> None:
     """What is out ends where it began, once; what starts now goes to the new one."""
     async with receiving() as old, receiving() as new:
-        old.delay = 0.5
+        old.gate.clear()
         async with running(file(tmp_path, sinks=hook(old.url), routes=routed("hook"))) as (gateway, told):
             assert {(await sent(gateway.port, "b@hook.example"))[0] for _ in range(3)} == {250}
             await come(old, 1)
             await gateway.reload(file(tmp_path, sinks=hook(new.url), routes=routed("hook")))
             assert (await sent(gateway.port, "b@hook.example"))[0] == 250
             await come(new, 1)
+            old.gate.set()
             await until(lambda: len(told.named("delivered")) == 4)
             assert (len(old.requests), len(new.requests)) == (3, 1)
             ids = [request.one("webhook-id") for request in (*old.requests, *new.requests)]
@@ -163,7 +165,7 @@ async def test_a_sink_that_was_down_is_tried_at_its_new_place_at_once(tmp_path: 
 async def test_a_sink_that_goes_and_comes_back(tmp_path: Path) -> None:
     """Its rows are kept meanwhile and told; one that is still out is not tried a second time beside."""
     async with receiving() as receiver:
-        receiver.delay = 0.6
+        receiver.gate.clear()
         both = box(tmp_path, "box") | hook(receiver.url)
         async with running(file(tmp_path, sinks=both, routes=routed("hook", "box"))) as (gateway, told):
             assert (await sent(gateway.port, "b@hook.example"))[0] == 250
@@ -179,6 +181,7 @@ async def test_a_sink_that_goes_and_comes_back(tmp_path: Path) -> None:
             assert (await asyncio.to_thread(half.data, b"Subject: half\r\n\r\n"))[0] == 250
             half.close()
             await gateway.reload(file(tmp_path, sinks=both, routes=routed("hook", "box")))
+            receiver.gate.set()
             await come(receiver, 2)
             await until(lambda: len(told.named("delivered")) == 3)
             assert [request.body.rpartition(b"Subject: ")[2][:5] for request in receiver.requests] == [b"hello", b"half\r"]
@@ -189,7 +192,7 @@ async def test_a_sink_that_goes_and_comes_back(tmp_path: Path) -> None:
 async def test_a_client_that_waits_for_a_sink_that_goes_is_told(tmp_path: Path) -> None:
     """acknowledge = "delivered", and all places taken: whoever waits for one gets the fallback."""
     async with receiving() as receiver:
-        receiver.delay = 0.5
+        receiver.gate.clear()
         routes = [{"recipients": ["*@here.example"], "sink": "hook", "acknowledge": "delivered", "fallback": "refuse"}]
         config = {"sinks": box(tmp_path, "box") | hook(receiver.url, concurrency=1), "routes": routes}
         async with running(file(tmp_path, **config)) as (gateway, told):
@@ -199,6 +202,7 @@ async def test_a_client_that_waits_for_a_sink_that_goes_is_told(tmp_path: Path) 
             await until(lambda: gateway._queues()[0]._lanes["hook"].waiting)
             await gateway.reload(file(tmp_path, sinks=box(tmp_path, "box"), routes=routed("box")))
             assert (await waiting)[0] == 451
+            receiver.gate.set()
             assert (await out)[0] == 250
             assert len(receiver.requests) == 1
             assert not told.named("accepted")[1:]
@@ -215,7 +219,7 @@ async def test_the_rest_of_the_file(tmp_path: Path) -> None:
             sinks={"box": {"type": "relay", "hosts": [f"127.0.0.1:{free_port()}"], "tls": "off"}},
         )
         await gateway.reload(other)
-        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", gateway.port, timeout=10)
+        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", gateway.port, timeout=30)
         _, greeting = await asyncio.to_thread(client.ehlo)
         client.close()
         assert greeting.startswith(b"other.example")

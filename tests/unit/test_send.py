@@ -117,8 +117,8 @@ def test_a_server_that_does_not_speak_smtp(said: bytes, failure: str) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        result = send(f"127.0.0.1:{listener.getsockname()[1]}", "a@client.example", ["b@us.example"], MAIL, timeout=10)
-        thread.join(10)
+        result = send(f"127.0.0.1:{listener.getsockname()[1]}", "a@client.example", ["b@us.example"], MAIL, timeout=30)
+        thread.join(30)
     assert failure in result.failure
 
 
@@ -136,7 +136,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         assert "421 4.3.2 closing" in send(f"unix:{path}", "a@client.example", ["b@us.example"], MAIL).failure
-        thread.join(10)
+        thread.join(30)
 
 
 def test_the_command(upstream: Upstream, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_the_events_of_a_mail() -> None:
     assert piece.octets == b"Received: x\r\nSubject: \xfc\r\n\r\n" + b"y" * 1200 + b"\r\n"
     assert finished == MailFinished(1)
     assert (transaction.size, transaction.eight_bit, transaction.header_size) == (len(piece.octets), True, 25)
-    assert transaction.facts == {"hops": 1, "longest": 1200, "header_fields": 2}
+    assert transaction.hops == 1
     assert one.outgoing() == b""
     assert awaiting(one) == "answer"
     assert one.answer(1, YES) == []

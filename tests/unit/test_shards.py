@@ -156,7 +156,7 @@ async def test_who_waited_for_the_lock_of_a_removed_shard_makes_it_anew(tmp_path
 
     def late(descriptor: int) -> bool:
         if not removed.is_set():
-            assert asyncio.run_coroutine_threadsafe(first.remove(), loop).result(10)
+            assert asyncio.run_coroutine_threadsafe(first.remove(), loop).result(30)
             removed.set()
         return lock(descriptor)
 
@@ -201,7 +201,7 @@ async def test_a_client_in_the_middle_of_its_content_keeps_its_shard(tmp_path: P
     await gateway.start()
     try:
         assert (await gateway.status())["shards"] == [1]
-        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", gateway.port, timeout=10)
+        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", gateway.port, timeout=30)
         await asyncio.to_thread(client.ehlo)
         await asyncio.to_thread(client.mail, "a@client.example")
         await asyncio.to_thread(client.rcpt, "b@here.example")
@@ -238,7 +238,7 @@ async def test_a_client_on_a_listener_that_leaves_keeps_its_shard(tmp_path: Path
     await gateway.start()
     try:
         leaving = int(gateway.addresses[1].rpartition(":")[2])
-        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", leaving, timeout=10)
+        client = await asyncio.to_thread(smtplib.SMTP, "127.0.0.1", leaving, timeout=30)
         await asyncio.to_thread(client.ehlo)
         await asyncio.to_thread(client.mail, "a@client.example")
         await asyncio.to_thread(client.rcpt, "b@here.example")

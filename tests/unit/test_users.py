@@ -25,6 +25,8 @@ from gateway.smtp.auth import MECHANISMS, REFUSED
 from gateway.smtp.lockout import FREE_BY_ADDRESS
 from gateway.users import LOCKED, UNAVAILABLE, Users, mechanisms
 
+from ..loops import until
+
 HERE = Client("192.0.2.1", helo="client.example")
 SECRET = "whsec_Z2F0ZXdheSBleGFtcGxlIHNlY3JldCE="
 
@@ -115,10 +117,10 @@ async def test_a_user_that_is_not_costs_what_one_that_is_does(monkeypatch: pytes
 async def test_too_many_logins_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITING", 3)
     gate = threading.Event()
-    monkeypatch.setattr(Scrypt, "proves", lambda self, password: gate.wait(10))
+    monkeypatch.setattr(Scrypt, "proves", lambda self, password: gate.wait(60))
     async with house({"alice": slow("wonder")}) as users:
         waiting = [asyncio.create_task(judge(users, plain("alice", "x"))) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(task.done() for task in waiting) == 2)
         done = [task for task in waiting if task.done()]
         assert [task.result().reply for task in done] == [UNAVAILABLE] * 2
         gate.set()
@@ -170,7 +172,7 @@ async def test_whoever_guesses_is_locked_out_even_with_the_right_password() -> N
 
 
 async def test_scram_proofs_count_as_well() -> None:
-    async with house({"bob": keyed("build")}) as users:
+    async with house({"bob": keyed("build")}, clock=lambda: 0.0) as users:
         for _ in range(FREE_BY_ADDRESS + 1):
             assert (await judge(users, Login("SCRAM-SHA-256", "bob", proven=False))).reply == REFUSED
         assert (await judge(users, Login("SCRAM-SHA-256", "bob"))).reply == LOCKED
@@ -296,7 +298,7 @@ async def test_a_service_that_is_not_there_or_slow() -> None:
     async with house({}, Authentication(url=url)) as users:
         assert (await judge(users, plain("carol", "x"))).reply == UNAVAILABLE
     gate = threading.Event()
-    with answering(lambda asked: (204 if gate.wait(5) else 500, b"")) as service:
+    with answering(lambda asked: (204 if gate.wait(30) else 500, b"")) as service:
         async with house({}, Authentication(url=service.url, timeout=0.1)) as users:
             assert (await judge(users, plain("carol", "x"))).reply == UNAVAILABLE
         gate.set()

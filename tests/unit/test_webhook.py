@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import email.utils
+import gc
+import gzip
 import json
+import os
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,26 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from gateway import __version__
 from gateway.config import WebhookConfig
+from gateway.contracts import INTERRUPTED
+from gateway.mime.formats.raw import escaped
+from gateway.net.http import ANSWER_LIMIT, Answer
+from gateway.net.signature import Signer
 from gateway.sinks import make_sink
+from gateway.sinks.threads import Threads
 from gateway.sinks.webhook import RETRY_AFTER_LIMIT, WebhookSink
 
 from ..deliveries import ID, MAIL, TRACE, Try, carried, mail, recipient
-from ..receivers import RECEIVERS, Misbehaviour, answers_before_the_body, misbehaving, never_answers, receiving
+from ..loops import until
+from ..receivers import (
+    RECEIVERS,
+    Misbehaviour,
+    answers_before_the_body,
+    misbehaving,
+    never_answers,
+    never_reads,
+    read_request,
+    receiving,
+)
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
 OTHER = "whsec_" + base64.b64encode(b"another secret of some thirty-two").decode()
@@ -83,7 +102,7 @@ async def test_a_smaller_set_of_recipients_has_its_own_id() -> None:
     message = mail(recipients=[recipient("b@us.example"), recipient("bcc@us.example")])
     async with receiving() as receiver, webhook(receiver.url) as sink:
         one = Try(message, message.envelope.recipients[1:], f"{ID}_2")
-        sink.start(one)
+        sink.start(one.delivery)
         await one.outcomes()
     (request,) = receiver.requests
     assert request.one("webhook-id") == f"{ID}_2"
@@ -119,6 +138,22 @@ async def test_no_address_becomes_a_second_header() -> None:
     assert request.one("x-envelope-to") == (
         "%22a%0D%0Ax-evil:%201%22@us.example, gr%C3%BC%C3%9Fe@us.example, %22a%2Cb%20\\%22c%22@us.example, a%2541@us.example, o'neil@us.example"
     )
+
+
+def test_what_of_an_address_a_header_cannot_hold_is_escaped() -> None:
+    for number in (*range(0x180), 0x20AC, 0x1F600):
+        one = chr(number)
+        plain = 0x21 <= number < 0x7F and one not in '%,"'
+        said = one if plain else "".join(f"%{octet:02X}" for octet in one.encode())
+        assert escaped(one) == said
+        assert escaped(f"a{one}b@us.example") == f"a{said}b@us.example"
+    assert escaped("\ud800@us.example") == "?@us.example", "half of a surrogate pair has no octets"
+
+
+def test_the_timestamp_is_that_of_the_try() -> None:
+    signer = Signer([])
+    said = [dict(signer.headers("id", second, ()))["webhook-timestamp"] for second in (0, 1763856000, 1763856000, 1763856001, 1)]
+    assert said == ["0", "1763856000", "1763856000", "1763856001", "1"]
 
 
 async def test_a_long_list_of_recipients_repeats_its_header() -> None:
@@ -197,6 +232,8 @@ async def test_what_the_receiver_says_is_in_the_reply_and_is_one_line() -> None:
         (422, {"Content-Type": "application/problem+json"}, b'{"title": "no \x00 such user"}'),
         (422, {"Content-Type": "text/html"}, b"<h1>secret stack trace</h1>"),
         (500, {"Content-Type": "text/plain; charset=utf-8"}, ("é" * 5000).encode()),
+        (500, {"Content-Type": "text/plain", "Content-Encoding": "gzip"}, gzip.compress(b"Nothing was decompressed.", mtime=0)),
+        (500, {"Content-Type": "text/plain; charset=utf-8"}, ("x" + "é" * 5000).encode()),
     ]
     async with receiving(*answers) as receiver, webhook(receiver.url) as sink:
         replies = [(await carried(sink, mail())).reply for _ in answers]
@@ -204,6 +241,8 @@ async def test_what_the_receiver_says_is_in_the_reply_and_is_one_line() -> None:
     assert str(replies[1]) == '554 5.6.0 HTTP 422: {"title": "no ? such user"}'
     assert str(replies[2]) == "554 5.6.0 HTTP 422"
     assert replies[3].text == "HTTP 500: " + "é" * 200
+    assert replies[4].text == "HTTP 500"
+    assert replies[5].text == "HTTP 500: x" + "é" * 199
     assert all(reply.wire.count(b"\r\n") == 1 for reply in replies)
 
 
@@ -218,18 +257,18 @@ async def test_no_misbehaving_receiver_counts_as_delivered(behaviour: Misbehavio
     assert "secret" not in outcome.reply.text
 
 
-@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
 @pytest.mark.parametrize("form", ["raw", "standard"])
 async def test_a_200_before_the_body_was_sent_delivers_nothing(tmp_path: Path, form: str, client: str) -> None:
     file = tmp_path / "content"
     file.write_bytes(MAIL + b"x" * 20_000_000)
-    async with misbehaving(answers_before_the_body) as url, webhook(url, format=form, client=client, timeout=10.0) as sink:
+    async with misbehaving(answers_before_the_body) as url, webhook(url, format=form, client=client, timeout=50.0) as sink:
         outcome = await carried(sink, mail(file))
     assert (outcome.state, outcome.down) == ("deferred", True)
     assert str(outcome.reply) == "451 4.5.0 HTTP 200 before the message was sent"
 
 
-@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
 @pytest.mark.parametrize("form", ["raw", "standard"])
 async def test_a_200_to_a_body_in_pieces_delivers_it(tmp_path: Path, form: str, client: str) -> None:
     file = tmp_path / "content"
@@ -239,7 +278,7 @@ async def test_a_200_to_a_body_in_pieces_delivers_it(tmp_path: Path, form: str, 
             assert (await carried(sink, mail(file))).state == "delivered"
 
 
-@pytest.mark.parametrize("client", ["pyreqwest", "aiohttp"])
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
 async def test_nobody_there_is_a_sink_that_is_down(client: str) -> None:
     async with misbehaving(never_answers) as url:
         pass
@@ -268,6 +307,83 @@ async def test_large_content_is_taken_apart_off_the_loop_and_arrives_whole(tmp_p
         assert (attachment["size"], data["data"]["text"]) == (len(octets), "hello")
 
 
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
+async def test_a_2xx_longer_than_is_read_delivers_and_one_that_is_cut_does_not(client: str) -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n" + b"x" * (ANSWER_LIMIT - 1))
+        await writer.drain()
+
+    async with receiving((200, {}, b"x" * 100_000)) as receiver, webhook(receiver.url, client=client) as sink:
+        assert (await carried(sink, mail())).state == "delivered"
+    async with misbehaving(cut) as url, webhook(url, client=client) as sink:
+        assert (await carried(sink, mail())).state == "deferred"
+
+
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
+async def test_a_file_is_closed_when_its_delivery_is_given_up(tmp_path: Path, client: str) -> None:
+    file = tmp_path / "content"
+    file.write_bytes(b"x" * 20_000_000)
+
+    def held() -> bool:
+        return str(file) in {_behind(number) for number in os.listdir("/proc/self/fd")}
+
+    gc.disable()
+    try:
+        async with misbehaving(never_reads) as url:
+            async with webhook(url, client=client, format="raw") as sink:
+                one = Try(mail(file))
+                sink.start(one.delivery)
+                await until(held)
+            await one.outcomes()
+            await until(lambda: not held())
+    finally:
+        gc.enable()
+
+
+def _behind(number: str) -> str:
+    """What this descriptor is of; threads close theirs while we look."""
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        return ""
+
+
+async def test_an_iterator_is_closed_after_the_thread_that_asks_it() -> None:
+    asked, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def items() -> Iterator[bytes]:
+        try:
+            yield b"first"
+            asked.set()
+            go_on.wait(20)
+            yield b"second"
+        finally:
+            closed.set()
+
+    threads = Threads("test", 1)
+    try:
+        each = threads.each(items())
+        assert await anext(each) == b"first"
+        second = asyncio.ensure_future(anext(each))
+        await asyncio.to_thread(asked.wait, 20)
+        second.cancel()
+        each.close()
+        each.close()
+        assert not closed.is_set()
+        go_on.set()
+        assert await asyncio.to_thread(closed.wait, 20)
+        assert [item async for item in each] == []
+        unasked = threads.each(items())
+        assert await anext(unasked) == b"first"
+        closed.clear()
+        unasked.close()
+        assert closed.is_set()
+    finally:
+        go_on.set()
+        threads.close()
+
+
 async def test_a_content_file_that_is_gone_is_our_fault_not_the_receivers(tmp_path: Path) -> None:
     file = tmp_path / "content"
     file.write_bytes(b"x" * 100_000)
@@ -285,16 +401,51 @@ async def test_closing_settles_what_is_out() -> None:
     async with misbehaving(never_answers) as url:
         async with webhook(url) as sink:
             one = Try(mail())
-            sink.start(one)
+            sink.start(one.delivery)
             await asyncio.sleep(0.1)
-            assert not one.settled
+            assert not one.delivery.settled
         (outcome,) = await one.outcomes()
     assert outcome.state == "deferred"
 
 
+@pytest.mark.parametrize("client", ["direct", "pyreqwest", "aiohttp"])
+async def test_what_comes_to_a_closed_sink_is_interrupted_and_not_sent(client: str) -> None:
+    async with receiving() as receiver:
+        async with webhook(receiver.url, client=client) as sink:
+            assert (await carried(sink, mail())).state == "delivered"
+        for content in (MAIL, MAIL + b"x" * 100_000):
+            assert await carried(sink, mail(content)) == INTERRUPTED
+    assert len(receiver.requests) == 1
+
+
+async def test_who_waited_for_a_connection_is_not_sent_by_a_sink_that_closes() -> None:
+    async with receiving() as receiver, webhook(receiver.url, concurrency=2) as sink:
+        assert (await carried(sink, mail())).state == "delivered"
+        receiver.delay = 20.0
+        tries = [Try(mail()) for _ in range(5)]
+        for one in tries:
+            sink.start(one.delivery)
+        await until(lambda: len(receiver.requests) == 3)
+        await sink.close()
+        assert [await one.outcomes() for one in tries] == [[INTERRUPTED]] * 5
+        await asyncio.sleep(0.05)
+        assert len(receiver.requests) == 3
+
+
+async def test_an_answer_that_nobody_waits_for_any_more_is_judged_all_the_same() -> None:
+    async with misbehaving(never_answers) as url, webhook(url) as sink:
+        one = Try(mail())
+        sink._answered(one.delivery, Answer(200, {}, b""))
+        assert (await one.outcomes())[0].state == "delivered"
+
+
 async def test_no_more_than_concurrency_are_out_at_once() -> None:
     async with receiving() as receiver, webhook(receiver.url, concurrency=3) as sink:
-        receiver.delay = 0.02
-        outcomes = await asyncio.gather(*(carried(sink, mail()) for _ in range(12)))
+        receiver.gate.clear()
+        carrying = asyncio.gather(*(carried(sink, mail()) for _ in range(12)))
+        await until(lambda: receiver.at_once == 3)
+        await asyncio.sleep(0.1)  # a fourth would come now
+        receiver.gate.set()
+        outcomes = await carrying
     assert {outcome.state for outcome in outcomes} == {"delivered"}
     assert receiver.most_at_once == 3

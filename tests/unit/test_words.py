@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import mime
 from gateway._parser import ReplyReceiver
-from gateway.message import TLS, Client, Content, Envelope, Message, Recipient
+from gateway.message import TLS, Client, Content, Envelope, Message, Recipient, read_with
 from gateway.reply import Reply
 from gateway.route import NO_SUCH_MAILBOX, ODD_LOCAL_PART, RELAYING_DENIED, Route, Routes, everybody
 from gateway.smtp.trace import mark, received
@@ -162,11 +163,14 @@ def test_what_the_client_asked_for() -> None:
     assert not Envelope("", {}, []).binary
 
 
-def test_parsed_needs_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Message, "reader", None)
+def test_parsed_needs_its_reader() -> None:
     message = Message("1", Envelope("", {}, []), Content(b""), OUTSIDE, 0.0)
-    with pytest.raises(RuntimeError, match=r"gateway\.mime"):
-        message.parsed()
+    read_with(None)
+    try:
+        with pytest.raises(RuntimeError, match=r"gateway\.mime"):
+            message.parsed()
+    finally:
+        read_with(mime.parse_message)
 
 
 # ------------------------------------------------------------------------- trace

@@ -6,43 +6,19 @@ A format is a function ``(delivery, now) -> Payload`` in a file of its own and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from importlib import import_module
 
 from ...contracts import Delivery
-from ...message import Content
+from .payload import Payload
+
+__all__ = ["FORMATS", "Format", "Payload", "format_named"]
 
 #: Name in the configuration → ``module:function``, loaded on first use.
 FORMATS: dict[str, str] = {
     "standard": ".standard:standard",
     "raw": ".raw:raw",
 }
-
-
-@dataclass(slots=True)
-class Payload:
-    """``headers``: those that the format owns, values printable ASCII. The octets are ``pieces``
-    and then ``tail``, which may lie in a file. They can be walked through more than once."""
-
-    headers: list[tuple[str, str]]
-    pieces: list[bytes] = field(repr=False)
-    tail: Content | None = field(default=None, repr=False)
-
-    @property
-    def size(self) -> int:
-        """Octets of all of it."""
-        return sum(map(len, self.pieces)) + (self.tail.size if self.tail is not None else 0)
-
-    @property
-    def on_disk(self) -> bool:
-        """Walking through it blocks on a file."""
-        return self.tail is not None and self.tail.path is not None
-
-    def chunks(self) -> Iterator[bytes]:
-        yield from self.pieces
-        if self.tail is not None:
-            yield from self.tail.chunks()
 
 
 Format = Callable[[Delivery, float], Payload]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import binascii
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from ...contracts import Delivery
 from ...message import Client, Message
+from ...sayable import OPTION, sayable
 from .. import Mailbox, Parsed, parse_message
-from . import Payload
+from .payload import Payload
 
 #: Octets that become base64 in one call (a multiple of 3), so that none holds up other threads.
 _PIECE = 3 << 18
@@ -50,9 +51,29 @@ def body(delivery: Delivery, now: float, parsed: Parsed) -> list[bytes]:
     return pieces
 
 
+class _Last:
+    """The last whole second that was written out: nearly always the next one, too. One object, as threads share it."""
+
+    __slots__ = ("second",)
+
+    def __init__(self) -> None:
+        self.second = (-1, "")
+
+
+_last: Final = _Last()
+
+
 def moment(seconds: float) -> str:
     """Unix seconds as RFC 3339 in UTC, to the microsecond."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    whole = int(seconds)
+    micros = round((seconds - whole) * 1e6)
+    if micros >= 1_000_000:
+        whole, micros = whole + 1, micros - 1_000_000
+    number, text = _last.second
+    if number != whole:
+        text = datetime.fromtimestamp(whole, UTC).isoformat()[:-6]
+        _last.second = (whole, text)
+    return f"{text}.{micros:06d}Z"
 
 
 def client_facts(client: Client) -> dict[str, Any]:
@@ -104,7 +125,7 @@ def _mailboxes(found: list[Mailbox]) -> list[dict[str, str]]:
 
 def _dumps(value: object) -> bytes:
     try:
-        return orjson.dumps(value)
+        return orjson.dumps(value, default=sayable, option=OPTION)
     except TypeError:
         return orjson.dumps(_sayable(value))
 
