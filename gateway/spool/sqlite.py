@@ -730,17 +730,21 @@ class SqliteSpool:
             loop.call_soon(done, None, SpoolError("the spool is closed", known=True))
             return
 
+        def told(result: Any, error: Exception | None) -> None:
+            done(result, error)
+            if self._engine.fatal is not None and self._contents is not None:
+                self._set_fatal(self._engine.fatal)
+
         def run() -> None:
+            # One call: with the first the last job may be over, and the loop with it.
             try:
                 result = work()
             except Exception as error:
                 if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
                     self._engine.suspect(error)
-                loop.call_soon_threadsafe(done, None, _as_spool_error(error))
+                loop.call_soon_threadsafe(told, None, _as_spool_error(error))
             else:
-                loop.call_soon_threadsafe(done, result, None)
-            if self._engine.fatal is not None and self._contents is not None:
-                loop.call_soon_threadsafe(self._set_fatal, self._engine.fatal)
+                loop.call_soon_threadsafe(told, result, None)
 
         writer.submit(run)
 

@@ -11,7 +11,8 @@ import asyncio
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -274,6 +275,35 @@ async def test_when_nothing_can_be_proven_nobody_knows(tmp_path: Path, disk: Dis
     assert [fields["fatal"] for fields in disk.events.named("spool_down")] == [True]
     assert (await spool.counts())["app", "queued"][0] == 2, "reading goes on"
     await spool.close()
+
+
+def test_the_writer_says_nothing_after_its_last_answer(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With that answer the loop may be over. What nobody knows is told by each job, the last one too."""
+    closed = threading.Event()
+
+    async def life() -> None:
+        loop = asyncio.get_running_loop()
+        say = loop.call_soon_threadsafe
+
+        def slowly(callback: Callable[..., object], *args: Any, **more: Any) -> asyncio.Handle:
+            handle = say(callback, *args, **more)
+            if threading.current_thread().name == "spool-writer":
+                closed.wait(0.3)
+            return handle
+
+        spool = disk.spool(tmp_path / "spool")
+        await spool.open()
+        spool._engine.fatal = "the disk took a sync and forgot it"
+        monkeypatch.setattr(loop, "call_soon_threadsafe", slowly)
+        await spool.close()
+        assert disk.fatal
+
+    asyncio.run(life())
+    closed.set()
+    for thread in threading.enumerate():
+        if thread.name == "spool-writer":
+            # Its traceback, if it has one, is a warning here, and so a failure.
+            thread.join(10)
 
 
 @pytest.mark.parametrize("kind", ["open", "write", "sync", "sync_dir"])
