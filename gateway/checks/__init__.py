@@ -1,7 +1,7 @@
 """Checks: each judges a client, a sender, a recipient or a content. One file each.
 
 A new one is a class with ``__init__(name, config)`` in a file of its own, a dataclass in
-``config.py`` and a line in ``CHECKS``; other packages register theirs as an entry point of the
+``config/tables.py`` and a line in ``CHECKS``; other packages register theirs as an entry point of the
 group ``gateway.checks``.
 """
 

@@ -1,7 +1,7 @@
 """Sinks: each carries a message one hop. One file each; they meet the rest in ``contracts``.
 
 A new one is a class with ``__init__(name, config, hostname)`` in a file of its own, a dataclass
-in ``config.py`` and a line in ``SINKS``; other packages register theirs as an entry point of
+in ``config/tables.py`` and a line in ``SINKS``; other packages register theirs as an entry point of
 the group ``gateway.sinks``.
 """
 
