@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ AT_STEPS, ADOPTING, OF_WORKERS = 44, 16, 10
 RATE, UNANSWERED = 1000, 50
 #: Sessions with BDAT at a kill of another kind, and while shards are adopted.
 FEW, FEWER = 16, 4
+#: Mails for each worker: one in twenty is for the upstream that is down.
+EACH = 200
 #: Seconds to carry everything once the kills are over.
 LAST = 180
 #: Seconds for a step to be reached, and of sending (resting: and more) until it is.
@@ -384,11 +387,19 @@ class Run:
         """So many, killed with mail in each shard."""
         self._workers(workers)
         life = self._start()
-        gone = await connect(self._ledger, await life.ready(), FEW)
+        port = await life.ready()
+        gone = [await connect(self._ledger, port, FEW)]
         await asyncio.sleep(self._pick.uniform(0.6, 1.0))
+        deadline = time.monotonic() + ENOUGH
+        # The worker that was awake first may have taken every connection.
+        while len(taken := Counter(event["worker"] for event in life.events("accepted"))) < workers or min(taken.values()) < EACH:
+            assert time.monotonic() < deadline, f"not {EACH} mails for each of {workers} workers within {ENOUGH:.0f} s: {dict(taken)}"
+            gone.append(await connect(self._ledger, port, FEW))
+            await asyncio.sleep(0.5)
         life.kill()
         await self._ledger.killed()
-        await asyncio.wait_for(gone.wait(), READY)
+        for each in gone:
+            await asyncio.wait_for(each.wait(), READY)
         self.figures.of_workers += 1
         life.forget()
 
