@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,12 +333,7 @@ async def _steady(ports: Sequence[int], rate: float, seconds: float, connections
     async def client(port: int, first: float) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
-        async def expect(code: bytes) -> None:
-            while (line := await reader.readline())[3:4] == b"-":
-                pass
-            if not line.startswith(code):
-                raise ConnectionError(f"wanted {code!r}, heard {line!r}")
-
+        expect = partial(stage.heard, reader)
         await expect(b"220")
         writer.write(b"EHLO client.example\r\n")
         await expect(b"250")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,7 @@ async def _probe(port: int, size: int, seconds: float) -> int:
         nonlocal sent
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
-        async def expect(code: bytes) -> None:
-            while (line := await reader.readline())[3:4] == b"-":
-                pass
-            if not line.startswith(code):
-                raise ConnectionError(f"wanted {code!r}, heard {line!r}")
-
+        expect = partial(stage.heard, reader)
         await expect(b"220")
         writer.write(b"EHLO client.example\r\n")
         await expect(b"250")

@@ -10,6 +10,7 @@ Server, generator and far side have a core each, or the latter two share one whe
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -194,6 +195,14 @@ def listens(port: int, process: subprocess.Popen[Any], log: Path | None = None) 
             said = log.read_text(errors="replace")[-500:].strip() if log is not None else ""
             raise Failed(f"it does not listen: {said or process.args!r}")
         time.sleep(0.02)
+
+
+async def heard(reader: asyncio.StreamReader, code: bytes) -> None:
+    """Reads one reply, however many lines it has. Raises ConnectionError where it is another one."""
+    while (line := await reader.readline())[3:4] == b"-":
+        pass
+    if not line.startswith(code):
+        raise ConnectionError(f"wanted {code!r}, heard {line!r}")
 
 
 def _stat(pid: int) -> list[str]:

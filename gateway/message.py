@@ -176,7 +176,7 @@ class _Pieces:
 
     def __next__(self) -> bytes:
         if self._file is None:
-            self._file = open(self._path, "rb")  # noqa: SIM115 (closed below)
+            self._file = open(self._path, "rb")  # noqa: SIM115 (closed at the end, or when it is dropped)
         piece = self._file.read(self._size)
         if not piece:
             self._file.close()
